@@ -1,0 +1,74 @@
+"""hcache-rag: a local language model reads each document once; its states are restored from LMDB.
+
+Importing this package imports neither torch nor llama_index; names are loaded when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hcache_rag.engine import GenerationStream, HCacheEngine
+    from hcache_rag.errors import (
+        DamagedStateError,
+        HCacheError,
+        MissingStateError,
+        ModelError,
+        ModelNotFoundError,
+        PromptTooLongError,
+        SourceError,
+        StateError,
+        StoreError,
+        StoreFullError,
+        StoreOpenError,
+        UnsupportedModelError,
+    )
+    from hcache_rag.generation import GenerationOptions
+    from hcache_rag.indexing import PrecomputeReport
+    from hcache_rag.provenance import Generation, Provenance
+    from hcache_rag.store import StateStore
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DamagedStateError",
+    "Generation",
+    "GenerationOptions",
+    "GenerationStream",
+    "HCacheEngine",
+    "HCacheError",
+    "MissingStateError",
+    "ModelError",
+    "ModelNotFoundError",
+    "PrecomputeReport",
+    "PromptTooLongError",
+    "Provenance",
+    "SourceError",
+    "StateError",
+    "StateStore",
+    "StoreError",
+    "StoreFullError",
+    "StoreOpenError",
+    "UnsupportedModelError",
+]
+
+_HOME = {
+    "Generation": "provenance",
+    "GenerationOptions": "generation",
+    "GenerationStream": "engine",
+    "HCacheEngine": "engine",
+    "PrecomputeReport": "indexing",
+    "Provenance": "provenance",
+    "StateStore": "store",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'hcache_rag' has no attribute {name!r}")
+    return getattr(import_module(f"hcache_rag.{_HOME.get(name, 'errors')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

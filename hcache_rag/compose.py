@@ -1,0 +1,132 @@
+"""Pieces and their states to one sequence: what is restored where, what is read afresh. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hcache_rag.state import StateKey, StateRecord, TokenIds, token_array
+
+MIN_PREAMBLE_TOKENS = 8
+"""A shorter common head with the stored preamble is not worth reading."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RestoredSpan:
+    """The first `num_tokens` tokens of a state, put at `position` in the prompt.
+
+    `is_exact`: the state was computed after the very tokens that precede it here.
+    """
+
+    record: StateRecord
+    num_tokens: int
+    position: int
+    is_exact: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Composition:
+    """One prompt: its token ids (N,), the restored spans in order, and the positions left (F,)."""
+
+    token_ids: TokenIds
+    spans: tuple[RestoredSpan, ...]
+    fresh_positions: npt.NDArray[np.int64]
+
+    @property
+    def restored_positions(self) -> npt.NDArray[np.int64]:
+        """The positions of all restored tokens, span after span, shape (R,)."""
+        if not self.spans:
+            return np.empty(0, dtype=np.int64)
+        return np.concatenate(
+            [np.arange(s.position, s.position + s.num_tokens) for s in self.spans]
+        )
+
+    @property
+    def num_restored(self) -> int:
+        """`R`."""
+        return sum(span.num_tokens for span in self.spans)
+
+    @property
+    def num_exact(self) -> int:
+        """Restored tokens whose state was computed after these very tokens."""
+        return sum(span.num_tokens for span in self.spans if span.is_exact)
+
+
+def compose(
+    pieces: Sequence[tuple[TokenIds, StateRecord | None]],
+    root: StateKey,
+    preamble: StateRecord | None,
+    *,
+    exact_only: bool = False,
+) -> Composition:
+    """Place pieces one after another.
+
+    Args:
+        pieces: token ids, and the state whose first tokens they are (None: read afresh).
+        root: the root of the state tree.
+        preamble: the state of the head that documents were stored after, if there is one.
+        exact_only: restore only states computed after the very tokens that precede them.
+
+    The last token is always read afresh: it gives the first answer token.
+    """
+    token_ids = _joined([ids for ids, _ in pieces])
+    spans: list[RestoredSpan] = []
+    position = 0
+    path: StateKey | None = root  # the exact path up to `position`, None once it is broken
+    if preamble is not None:
+        head = _head(pieces)
+        common = _common_prefix(head, preamble.token_ids)
+        if common >= MIN_PREAMBLE_TOKENS:
+            spans.append(RestoredSpan(preamble, common, 0, is_exact=True))
+        path = preamble.key if common == len(head) == preamble.num_tokens else None
+    elif len(_head(pieces)):
+        path = None
+    for index, (ids, record) in enumerate(pieces):
+        if record is not None:
+            is_exact = path is not None and record.parent == path
+            if len(ids) and (is_exact or not exact_only):
+                spans.append(RestoredSpan(record, len(ids), position, is_exact))
+            path = record.key if is_exact and len(ids) == record.num_tokens else None
+        elif index and any(r is not None for _, r in pieces[:index]) and len(ids):
+            path = None
+        position += len(ids)
+    return Composition(token_ids, *_leave_last(spans, len(token_ids)))
+
+
+def _head(pieces: Sequence[tuple[TokenIds, Any]]) -> TokenIds:
+    """The token ids before the first piece that has a state."""
+    head: list[TokenIds] = []
+    for ids, record in pieces:
+        if record is not None:
+            break
+        head.append(ids)
+    return _joined(head)
+
+
+def _joined(parts: Sequence[TokenIds]) -> TokenIds:
+    return np.concatenate(parts) if parts else token_array([])
+
+
+def _common_prefix(a: TokenIds, b: TokenIds) -> int:
+    length = min(len(a), len(b))
+    differing = np.flatnonzero(a[:length] != b[:length])
+    return int(differing[0]) if len(differing) else length
+
+
+def _leave_last(
+    spans: list[RestoredSpan], num_tokens: int
+) -> tuple[tuple[RestoredSpan, ...], npt.NDArray[np.int64]]:
+    if spans and spans[-1].position + spans[-1].num_tokens == num_tokens:
+        last = spans.pop()
+        if last.num_tokens > 1:
+            spans.append(
+                RestoredSpan(last.record, last.num_tokens - 1, last.position, last.is_exact)
+            )
+    is_fresh = np.ones(num_tokens, dtype=bool)
+    for span in spans:
+        is_fresh[span.position : span.position + span.num_tokens] = False
+    return tuple(spans), np.flatnonzero(is_fresh)

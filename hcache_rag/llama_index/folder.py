@@ -1,0 +1,200 @@
+"""A folder of files to a persisted index with states, and questions to it: the command line's work.
+
+The persisted folder holds the index (`hcache-rag.json`, `vectors-*`), the states (`states/`) and
+the choice of model (`model.json`), so that a question needs no more than the folder's name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_index.core.base.response.schema import StreamingResponse
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.schema import Document
+from llama_index_instrumentation import get_dispatcher
+from llama_index_instrumentation.base import BaseEvent
+from llama_index_instrumentation.event_handlers import BaseEventHandler
+
+from hcache_rag.errors import SourceError
+from hcache_rag.indexing import PrecomputeReport
+from hcache_rag.llama_index.events import StateRestoreEvent
+from hcache_rag.llama_index.llm import HCacheLLM
+from hcache_rag.llama_index.retriever import STATES, HCacheRetriever
+from hcache_rag.llama_index.vectors import read_manifest
+from hcache_rag.sources import FolderContents
+from hcache_rag.store import StateStore
+
+_MODEL = "model.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """Which model an index was made with.
+
+    Args:
+        model: a folder; None is the bundled model.
+        dtype: what it is loaded as.
+        representation: what its states keep.
+    """
+
+    model: str | None = None
+    dtype: str = "float32"
+    representation: str = "auto"
+
+    def load(self, persist_dir: Path, **options: Any) -> HCacheLLM:
+        """The LLM with its states in `persist_dir`.
+
+        Raises:
+            ModelNotFoundError, UnsupportedModelError, StoreOpenError: see there.
+        """
+        return HCacheLLM(
+            self.model,
+            dtype=self.dtype,
+            representation=self.representation,
+            store=persist_dir / STATES,
+            **options,
+        )
+
+    def save(self, persist_dir: Path) -> None:
+        """Remember the choice in the folder."""
+        (persist_dir / _MODEL).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def of(cls, persist_dir: Path) -> ModelChoice:
+        """The choice that the folder remembers.
+
+        Raises:
+            SourceError: the folder holds no index, or none that can be read.
+        """
+        read_manifest(persist_dir)
+        try:
+            return cls(**json.loads((persist_dir / _MODEL).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise SourceError(f"{persist_dir / _MODEL} cannot be read: {error}") from error
+
+
+def documents_of(contents: FolderContents) -> list[Document]:
+    """One LlamaIndex document per file. Its path is metadata that no model reads."""
+    return [
+        Document(
+            text=file.text,
+            id_=file.path,
+            metadata={"file": file.path},
+            excluded_llm_metadata_keys=["file"],
+            excluded_embed_metadata_keys=["file"],
+        )
+        for file in contents.files
+    ]
+
+
+def index_folder(
+    contents: FolderContents,
+    persist_dir: Path,
+    choice: ModelChoice,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[PrecomputeReport, HCacheLLM]:
+    """Index a folder's files into `persist_dir`; what is there already is not read again."""
+    llm = choice.load(persist_dir)
+    retriever = HCacheRetriever.from_documents(
+        documents_of(contents), llm=llm, persist_dir=persist_dir, on_progress=on_progress
+    )
+    choice.save(persist_dir)
+    return retriever.report or PrecomputeReport(), llm
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answered question.
+
+    Args:
+        text: the answer.
+        sources: file names of the passages that it was given, best first.
+        first_text_s: seconds from the question to the first text.
+        seconds: to the last.
+        provenance: of the last prompt, see `hcache_rag.Provenance.to_dict`.
+    """
+
+    text: str
+    sources: tuple[str, ...]
+    first_text_s: float
+    seconds: float
+    provenance: dict[str, Any]
+
+
+def ask(
+    persist_dir: Path,
+    llm: HCacheLLM,
+    question: str,
+    *,
+    top_k: int = 4,
+    on_text: Callable[[str], None] | None = None,
+) -> Answer:
+    """Answer a question from an index through an ordinary streaming query engine."""
+    retriever = HCacheRetriever.from_persist_dir(persist_dir, llm=llm, similarity_top_k=top_k)
+    engine = RetrieverQueryEngine.from_args(retriever, llm=llm, streaming=True)
+    return answer(engine, question, on_text=on_text)
+
+
+def answer(engine: Any, question: str, *, on_text: Callable[[str], None] | None = None) -> Answer:
+    """Ask any streaming LlamaIndex query engine, and time it."""
+    started = time.perf_counter()
+    first_text_s = 0.0
+    pieces: list[str] = []
+    with collecting_restores() as restores:
+        response = engine.query(question)
+        stream = (
+            response.response_gen if isinstance(response, StreamingResponse) else [str(response)]
+        )
+        for piece in stream or []:
+            if piece and not pieces:
+                first_text_s = time.perf_counter() - started
+            if piece:
+                pieces.append(piece)
+                if on_text:
+                    on_text(piece)
+    names = dict.fromkeys(
+        str(s.node.metadata.get("file", s.node_id)) for s in response.source_nodes
+    )
+    return Answer(
+        "".join(pieces).strip(),
+        tuple(names),
+        first_text_s,
+        time.perf_counter() - started,
+        restores[-1] if restores else {},
+    )
+
+
+class _Collector(BaseEventHandler):
+    found: list[dict[str, Any]] = []  # noqa: RUF012 - pydantic copies it for every instance
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "hcache_rag.RestoreCollector"
+
+    def handle(self, event: BaseEvent, **_: Any) -> None:
+        if isinstance(event, StateRestoreEvent):
+            self.found.append(event.provenance)
+
+
+@contextmanager
+def collecting_restores() -> Iterator[list[dict[str, Any]]]:
+    """The provenance of every call that ends inside the block, in order."""
+    root, collector = get_dispatcher(), _Collector()
+    root.add_event_handler(collector)
+    try:
+        yield collector.found
+    finally:
+        root.event_handlers.remove(collector)
+
+
+def open_states(persist_dir: str | os.PathLike[str], *, read_only: bool = True) -> StateStore:
+    """The state store of a persisted folder."""
+    return StateStore.open(Path(persist_dir).expanduser() / STATES, read_only=read_only)

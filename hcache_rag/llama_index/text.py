@@ -1,0 +1,17 @@
+"""The text of a node as it will stand in a prompt, which is what states are kept for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llama_index.core.schema import BaseNode, MetadataMode
+
+
+def llm_text(node: BaseNode) -> str:
+    """What response synthesizers put into the prompt for this node, stripped."""
+    return node.get_content(metadata_mode=MetadataMode.LLM).strip()
+
+
+def llm_texts(nodes: Sequence[BaseNode]) -> list[str]:
+    """`llm_text` of every node that has any."""
+    return [text for text in map(llm_text, nodes) if text]

@@ -1,0 +1,312 @@
+"""What differs between model families, and the model's part of capturing and restoring.
+
+A family is an entry of `FAMILIES`: where its modules are. Nothing of a model is changed; hooks
+are removed when their block ends. Knows neither storage nor plans.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from hcache_kernels import fold_projection
+from hcache_rag.errors import ModelNotFoundError, UnsupportedModelError
+from hcache_rag.layout import Representation, StateLayout
+from hcache_rag.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Where a model family keeps what capturing and restoring need, as attribute paths."""
+
+    decoder: str = "model"
+    layers: str = "layers"
+    rotary: str = "rotary_emb"
+    norm: str = "input_layernorm"
+    norm_eps: str = "variance_epsilon"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+
+
+FAMILIES = {"llama": Family(), "mistral": Family(), "qwen2": Family()}
+"""The families that can be restored, by transformers' `model_type`."""
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedLayer:
+    """A layer of a captured batch: (hidden (B, T, E), None) or (K before RoPE, V) (B, T, G * D)."""
+
+    first: Tensor
+    second: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A layer's way from its input to K and V, see `hcache_kernels.project_kv`."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class ModelAdapter:
+    """A loaded decoder, seen as capturing and restoring see it.
+
+    Args:
+        model: a transformers causal language model of one of `FAMILIES`.
+        name: what a person calls it; by default the path that it was loaded from.
+
+    Raises:
+        UnsupportedModelError: the family, or a feature of this model, cannot be restored.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str | None = None) -> None:
+        config = model.config
+        family = FAMILIES.get(config.model_type)
+        if family is None:
+            known = ", ".join(sorted(FAMILIES))
+            raise UnsupportedModelError(
+                f"models of family {config.model_type!r} are not supported; supported: {known}"
+            )
+        self.model = model
+        self.family = family
+        self.decoder: Any = model.get_submodule(family.decoder)
+        self.layers = list(self.decoder.get_submodule(family.layers).children())
+        self.rotary: Any = self.decoder.get_submodule(family.rotary)
+        self.norms: list[Any] = [layer.get_submodule(family.norm) for layer in self.layers]
+        self.key_projections: list[Any] = [x.get_submodule(family.key) for x in self.layers]
+        self.value_projections: list[Any] = [x.get_submodule(family.value) for x in self.layers]
+        self.spec = _spec(model, name or str(config.name_or_path or config.model_type))
+        _check_projections(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return torch_dtype(self.spec.dtype)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of every weight and of the configuration that decides what they compute."""
+        ignored = ("_name_or_path", "transformers_version", "architectures", "use_cache")
+        config = {k: v for k, v in self.model.config.to_dict().items() if k not in ignored}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, tensor in self.model.state_dict().items():
+            raw = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(xxhash.xxh3_128_digest(raw))
+        return digest.hexdigest()
+
+    def position_embeddings(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The model's own RoPE cosines and sines, (T, D) each, at `positions` (T,)."""
+        probe = torch.empty(0, dtype=self.dtype, device=self.device)
+        with torch.no_grad():
+            cos, sin = self.rotary(probe, positions.unsqueeze(0))
+        return cos[0], sin[0]
+
+    def norm(self, layer: int) -> tuple[Tensor, float]:
+        """Gain (E,) and epsilon of the norm in front of layer `layer`'s attention."""
+        norm = self.norms[layer]
+        return norm.weight.detach(), float(getattr(norm, self.family.norm_eps))
+
+    @cached_property
+    def projections(self) -> list[Projection]:
+        """The folded projection of every layer; made once, costs `2 * G * D * E` elements each."""
+        return [self._fold(layer) for layer in range(self.spec.num_layers)]
+
+    def _fold(self, layer: int) -> Projection:
+        key, value = self.key_projections[layer], self.value_projections[layer]
+        weight = fold_projection(self.norm(layer)[0], key.weight.detach(), value.weight.detach())
+        biases = [b.detach() for b in (key.bias, value.bias) if b is not None]
+        return Projection(weight, torch.cat(biases) if biases else None)
+
+    @torch.no_grad()
+    def prefill(self, token_ids: Sequence[int]) -> DynamicCache:
+        """The KV cache of `token_ids`, read from position 0."""
+        cache = DynamicCache(config=self.model.config)
+        if len(token_ids):
+            ids = torch.tensor([list(token_ids)], device=self.device)
+            self.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+        return cache
+
+    def capture(
+        self, batch: Sequence[Sequence[int]], layout: StateLayout, after: DynamicCache
+    ) -> list[CapturedLayer]:
+        """Read a batch of documents after a prefix, and catch what `layout` keeps of each layer.
+
+        Args:
+            batch: B documents' token ids; shorter ones are padded on the right, where causal
+                attention keeps the padding from their tokens.
+            after: the KV cache of the prefix, batch of one; it is left as it was.
+
+        Returns:
+            One `CapturedLayer` per layer, padded to the longest document.
+        """
+        with self._catching(layout) as caught:
+            self.read_batch(batch, after)
+        return [CapturedLayer(*caught[layer]) for layer in range(self.spec.num_layers)]
+
+    @torch.no_grad()
+    def read_batch(self, batch: Sequence[Sequence[int]], after: DynamicCache) -> None:
+        """Run a padded batch of documents after a prefix, and keep nothing of it."""
+        longest = max(len(ids) for ids in batch)
+        ids = torch.zeros((len(batch), longest), dtype=torch.long, device=self.device)
+        for row, document in enumerate(batch):
+            ids[row, : len(document)] = torch.tensor(document, device=self.device)
+        cache = _repeat(after, len(batch))
+        self.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+
+    @contextmanager
+    def _catching(self, layout: StateLayout) -> Iterator[dict[int, list[Any]]]:
+        caught: dict[int, list[Any]] = {i: [None, None] for i in range(self.spec.num_layers)}
+        handles = []
+        try:
+            for i, fmt in enumerate(layout.layers):
+                if fmt.representation is Representation.HIDDEN:
+                    handles.append(
+                        self.norms[i].register_forward_pre_hook(
+                            lambda _module, args, i=i: caught[i].__setitem__(0, args[0])
+                        )
+                    )
+                    continue
+                for slot, module in enumerate((self.key_projections[i], self.value_projections[i])):
+                    handles.append(
+                        module.register_forward_hook(
+                            lambda _module, _args, output, i=i, slot=slot: caught[i].__setitem__(
+                                slot, output
+                            )
+                        )
+                    )
+            yield caught
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of everything that decides a fast tokenizer's ids.
+
+    Raises:
+        UnsupportedModelError: a slow tokenizer, which gives no character offsets.
+    """
+    if not tokenizer.is_fast:
+        raise UnsupportedModelError(
+            f"{type(tokenizer).__name__} is a slow tokenizer; a fast one (tokenizer.json) is needed"
+        )
+    state = tokenizer.backend_tokenizer.to_str()
+    return hashlib.sha256(state.encode()).hexdigest()
+
+
+def load_model(
+    path: str, *, dtype: str = "float32", device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer from a folder, offline.
+
+    Raises:
+        ModelNotFoundError: the folder holds no model that transformers can load.
+        UnsupportedModelError: the family is not supported.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelNotFoundError(f"{path} is not a model: {reason}") from error
+    if config.model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UnsupportedModelError(
+            f"{path} is of family {config.model_type!r}, which is not supported; supported: {known}"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype(dtype))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelNotFoundError(f"{path} cannot be loaded: {reason}") from error
+    model.eval()
+    model.to(torch.device(device))
+    return model, tokenizer
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype called `name`."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"unknown dtype {name!r}")
+    return dtype
+
+
+def bit_words(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """A CPU tensor's memory as unsigned integers of the same width, shape kept."""
+    word = {4: torch.uint32, 2: torch.uint16}[tensor.element_size()]
+    return tensor.view(word).numpy()
+
+
+def _spec(model: PreTrainedModel, name: str) -> ModelSpec:
+    config: Any = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    window = int(config.max_position_embeddings)
+    sliding = getattr(config, "sliding_window", None)
+    if sliding and getattr(config, "use_sliding_window", True):
+        window = min(window, int(sliding))
+    return ModelSpec(
+        name=name,
+        family=config.model_type,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_dim=head_dim,
+        window_tokens=window,
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+def _check_projections(adapter: ModelAdapter) -> None:
+    spec = adapter.spec
+    if len(adapter.layers) != spec.num_layers:
+        raise UnsupportedModelError(
+            f"the configuration names {spec.num_layers} layers, the model has {len(adapter.layers)}"
+        )
+    for i, (key, value) in enumerate(
+        zip(adapter.key_projections, adapter.value_projections, strict=True)
+    ):
+        for module in (key, value):
+            if type(module) is not nn.Linear or module.weight.shape != (
+                spec.kv_width,
+                spec.hidden_size,
+            ):
+                raise UnsupportedModelError(
+                    f"layer {i} projects K or V with {module}, not with a plain "
+                    f"{spec.hidden_size} -> {spec.kv_width} linear layer"
+                )
+        if (key.bias is None) != (value.bias is None):
+            raise UnsupportedModelError(f"layer {i} has a bias on only one of K and V")
+
+
+def _repeat(cache: DynamicCache, batch_size: int) -> DynamicCache:
+    repeated = DynamicCache()
+    layers: list[Any] = cache.layers
+    for index, layer in enumerate(layers):
+        if layer.is_initialized:
+            repeated.update(
+                layer.keys.expand(batch_size, -1, -1, -1),
+                layer.values.expand(batch_size, -1, -1, -1),
+                index,
+            )
+    return repeated

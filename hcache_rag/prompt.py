@@ -1,0 +1,292 @@
+"""Finished prompt text to pieces of token ids: which stretches are known documents.
+
+Documents are found by their literal text, wherever the prompt came from, and tokenised on their
+own, so that a document always has the same token ids. Knows neither models nor tensors.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from hcache_rag.state import TokenIds, token_array
+
+Tokenization = Literal["segmented", "strict"]
+
+ANCHOR_CHARS = 24
+"""A text is looked up by its first characters; shorter texts must stand on lines of their own."""
+
+MIN_CUT_CHARS = 128
+"""A document that was cut shorter than this is read afresh."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A stretch of a prompt that is a known text, or the beginning of one that was cut."""
+
+    start: int
+    end: int
+    text: str
+
+
+class SpanIndex:
+    """Finds known texts in prompts. Thread-safe.
+
+    Texts are kept in sorted buckets by their first `ANCHOR_CHARS` characters; in a bucket the
+    longest match is beside the place where the prompt would be inserted, so that thousands of
+    texts with one common head (`file_path: ...`) cost no more than one.
+    """
+
+    def __init__(self, texts: Iterable[str] = ()) -> None:
+        self._buckets: dict[str, list[str]] = {}
+        self._short: set[str] = set()
+        self._lock = threading.Lock()
+        self.add(texts)
+
+    def add(self, texts: Iterable[str]) -> None:
+        """Make texts known; whitespace around them does not count."""
+        with self._lock:
+            for text in texts:
+                stripped = text.strip()
+                if len(stripped) < ANCHOR_CHARS:
+                    if stripped:
+                        self._short.add(stripped)
+                    continue
+                bucket = self._buckets.setdefault(stripped[:ANCHOR_CHARS], [])
+                at = bisect_left(bucket, stripped)
+                if at == len(bucket) or bucket[at] != stripped:
+                    insort(bucket, stripped)
+
+    def discard(self, text: str) -> None:
+        """Forget a text; nothing happens if it was not known."""
+        with self._lock:
+            stripped = text.strip()
+            self._short.discard(stripped)
+            bucket = self._buckets.get(stripped[:ANCHOR_CHARS], [])
+            if stripped in bucket:
+                bucket.remove(stripped)
+
+    def find(self, prompt: str) -> list[Match]:
+        """All non-overlapping matches from left to right, the longest at each place."""
+        with self._lock:
+            matches = self._find_anchored(prompt)
+            return self._with_short(prompt, matches) if self._short else matches
+
+    def _find_anchored(self, prompt: str) -> list[Match]:
+        matches = []
+        at, last = 0, len(prompt) - ANCHOR_CHARS
+        while at <= last:
+            bucket = self._buckets.get(prompt[at : at + ANCHOR_CHARS])
+            match = _longest(bucket, prompt, at) if bucket else None
+            if match is None:
+                at += 1
+                continue
+            matches.append(match)
+            at = match.end
+        return matches
+
+    def _with_short(self, prompt: str, matches: list[Match]) -> list[Match]:
+        """Add short texts, which count only where they fill one or more whole lines."""
+        found = list(matches)
+        for text in self._short:
+            at = prompt.find(text)
+            while at >= 0:
+                end = at + len(text)
+                alone = prompt[at - 1 : at] in ("", "\n") and prompt[end : end + 1] in ("", "\n")
+                if alone and all(end <= m.start or at >= m.end for m in found):
+                    found.append(Match(at, end, text))
+                at = prompt.find(text, end)
+        return sorted(found, key=lambda match: match.start)
+
+
+def _longest(bucket: Sequence[str], prompt: str, at: int) -> Match | None:
+    tail = prompt[at:]
+    place = bisect_right(bucket, tail)
+    best: Match | None = None
+    for text in bucket[max(place - 1, 0) : place + 1]:
+        common = _common_length(text, tail)
+        is_long = common == len(text) or common >= MIN_CUT_CHARS
+        if is_long and (best is None or common > best.end - at):
+            best = Match(at, at + common, text)
+    # A text that begins the tail also begins every text between itself and the tail, so it is no
+    # longer than what the nearest one has in common with the tail: search again, that far.
+    while place:
+        text = bucket[place - 1]
+        if tail.startswith(text):
+            if best is None or len(text) > best.end - at:
+                best = Match(at, at + len(text), text)
+            break
+        tail = tail[: _common_length(text, tail)]
+        place = bisect_right(bucket, tail)
+    return best
+
+
+def _common_length(a: str, b: str) -> int:
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of the prompt's tokens: a known document (or its beginning), or a gap.
+
+    Args:
+        token_ids: shape (T,).
+        document: the known text whose first T tokens these are; None for a gap.
+    """
+
+    token_ids: TokenIds
+    document: str | None
+
+
+class Tokenizer:
+    """A fast transformers tokenizer as prompts need it. Thread-safe.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        tokenization: "segmented" tokenises gaps and documents each on their own; "strict"
+            tokenises the whole prompt as transformers would, and reuses a document only where
+            its tokens come out the same.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization = "segmented"
+    ) -> None:
+        if tokenization not in ("segmented", "strict"):
+            raise ValueError(f"tokenization is 'segmented' or 'strict', not {tokenization!r}")
+        self.tokenization = tokenization
+        self._tokenizer: Any = tokenizer
+        self._lock = threading.Lock()
+        first = tokenizer.convert_ids_to_tokens(self._encode("a")[0])
+        # SentencePiece tokenizers begin an isolated text with a space that is not in it.
+        self._adds_space = bool(first) and first[0].startswith("▁")
+        with_special = self._tokenizer("a")["input_ids"]
+        self._bos = with_special[: len(with_special) - len(first)]
+        if self._bos + self._encode("a")[0] != with_special:
+            self._bos = []
+
+    def document(self, text: str) -> TokenIds:
+        """The token ids of a document, shape (T,); control tokens in it stay text."""
+        return token_array(self._inner(text.strip(), split_special=True)[0])
+
+    def preamble(self, text: str, *, add_bos: bool) -> TokenIds:
+        """The token ids of a prompt's head, shape (T,)."""
+        ids = self._encode(text)[0] if text else []
+        return token_array(self._start(text, add_bos) + ids)
+
+    def pieces(
+        self,
+        prompt: str,
+        matches: Sequence[Match],
+        *,
+        add_bos: bool,
+        stored: Callable[[str], TokenIds | None] = lambda _text: None,
+    ) -> list[Piece]:
+        """Cut a prompt at `matches` and tokenise it.
+
+        Args:
+            add_bos: put the tokenizer's own first token in front, unless it stands there already.
+            stored: the token ids of a document where they are known, to save tokenising it.
+        """
+        start = self._start(prompt, add_bos)
+        if self.tokenization == "strict":
+            return self._strict(prompt, matches, start, stored)
+        pieces = [Piece(token_array(start), None)] if start else []
+        at = 0
+        for match in matches:
+            ids, end = self._cut(match, stored)
+            if at < match.start:
+                pieces.append(self._gap(prompt[at : match.start], is_first=at == 0))
+            pieces.append(Piece(ids, match.text))
+            at = match.start + end
+        if at < len(prompt):
+            pieces.append(self._gap(prompt[at:], is_first=at == 0))
+        return pieces
+
+    def _gap(self, text: str, *, is_first: bool) -> Piece:
+        ids = self._encode(text)[0] if is_first else self._inner(text, split_special=False)[0]
+        return Piece(token_array(ids), None)
+
+    def _cut(self, match: Match, stored: Callable[[str], TokenIds | None]) -> tuple[TokenIds, int]:
+        """The ids of a match, and how many of its characters they cover."""
+        length = match.end - match.start
+        if length == len(match.text):
+            known = stored(match.text)
+            return self.document(match.text) if known is None else known, length
+        ids, offsets = self._inner(match.text, split_special=True)
+        whole = 0
+        # Byte-level tokens may share a character: count only tokens after which all is covered.
+        for index, (_, end) in enumerate(offsets):
+            following = offsets[index + 1][0] if index + 1 < len(offsets) else len(match.text)
+            if end > length:
+                break
+            if following >= end:
+                whole = index + 1
+        return token_array(ids[:whole]), offsets[whole - 1][1] if whole else 0
+
+    def _strict(
+        self,
+        prompt: str,
+        matches: Sequence[Match],
+        start: list[int],
+        stored: Callable[[str], TokenIds | None],
+    ) -> list[Piece]:
+        ids, offsets = self._encode(prompt)
+        pieces = [Piece(token_array(start), None)] if start else []
+        at = 0
+        starts = [begin for begin, _ in offsets]
+        for match in matches:
+            first = bisect_left(starts, match.start)
+            expected = self._cut(match, stored)[0]
+            last = first + len(expected)
+            aligned = first < len(ids) and starts[first] == match.start
+            if not aligned or first < at or ids[first:last] != expected.tolist():
+                continue
+            if first > at:
+                pieces.append(Piece(token_array(ids[at:first]), None))
+            pieces.append(Piece(expected, match.text))
+            at = last
+        if at < len(ids):
+            pieces.append(Piece(token_array(ids[at:]), None))
+        return pieces
+
+    def _start(self, prompt: str, add_bos: bool) -> list[int]:
+        bos = self._tokenizer.bos_token
+        if not add_bos or (bos and prompt.startswith(bos)):
+            return []
+        return list(self._bos)
+
+    def _inner(self, text: str, *, split_special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encode a text that stands inside a prompt, with offsets into it."""
+        if not self._adds_space:
+            return self._encode(text, split_special=split_special)
+        ids, offsets = self._encode("\n" + text, split_special=split_special)
+        first = next((i for i, (begin, _) in enumerate(offsets) if begin >= 1), len(ids))
+        if first and offsets[first - 1][1] > 1:  # the newline became one token with the text
+            return self._encode(text, split_special=split_special)
+        return ids[first:], [(begin - 1, end - 1) for begin, end in offsets[first:]]
+
+    def _encode(
+        self, text: str, *, split_special: bool = False
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        with self._lock:
+            encoded = self._tokenizer(
+                text,
+                add_special_tokens=False,
+                split_special_tokens=split_special,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                verbose=False,
+            )
+        return list(encoded["input_ids"]), list(encoded["offset_mapping"])

@@ -1,0 +1,84 @@
+"""A folder of text files: which can be read, and why the others cannot."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hcache_rag.errors import SourceError
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One text file: its path relative to the folder, and its text."""
+
+    path: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class FolderContents:
+    """What was found in a folder: the texts, and the files passed over as (path, reason)."""
+
+    files: tuple[SourceFile, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+
+def read_folder(folder: str | os.PathLike[str]) -> FolderContents:
+    """Read every UTF-8 text file under `folder`, in order of their paths; hidden ones are ignored.
+
+    Raises:
+        SourceError: there is no such folder, or no text in it.
+    """
+    root = Path(folder).expanduser()
+    if not root.exists():
+        raise SourceError(f"{folder}: no such folder")
+    if not root.is_dir():
+        raise SourceError(f"{folder} is a file; give the folder that holds it")
+    files: list[SourceFile] = []
+    skipped: list[tuple[str, str]] = []
+    try:
+        for path in _walk(root):
+            name = str(path.relative_to(root))
+            text = _read(path)
+            if isinstance(text, _Skip):
+                skipped.append((name, text.reason))
+            else:
+                files.append(SourceFile(name, text))
+    except PermissionError as error:
+        raise SourceError(f"{error.filename} cannot be read: {error.strerror}") from error
+    if not files:
+        found = f"{len(skipped)} file(s) that hold no text" if skipped else "no files"
+        raise SourceError(f"nothing to index: {folder} holds {found}")
+    return FolderContents(tuple(files), tuple(skipped))
+
+
+@dataclass(frozen=True, slots=True)
+class _Skip:
+    reason: str
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    for entry in sorted(root.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            yield from _walk(entry)
+        elif entry.is_file():
+            yield entry
+
+
+def _read(path: Path) -> str | _Skip:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return _Skip(f"unreadable: {error.strerror}")
+    if b"\0" in data:
+        return _Skip("binary")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return _Skip("not UTF-8 text")
+    return text if text.strip() else _Skip("empty")

@@ -1,0 +1,52 @@
+"""`ModelSpec`: the numbers of a decoder. Knows neither torch nor transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What restoring needs to know about a decoder-only transformer.
+
+    Args:
+        name: what a person calls the model.
+        family: transformers' `model_type`, such as "llama".
+        num_layers: decoder layers, `L`.
+        hidden_size: width of a layer's input, `E`.
+        num_heads: query heads, `H`.
+        num_kv_heads: key/value heads, `G`.
+        head_dim: width of one head, `D`.
+        window_tokens: the longest sequence that the model attends to in full.
+        dtype: the dtype of weights and states, one of `DTYPE_BYTES`.
+    """
+
+    name: str
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window_tokens: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_BYTES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{self.num_heads} query heads do not divide over {self.num_kv_heads} KV heads"
+            )
+
+    @property
+    def kv_width(self) -> int:
+        """Elements of K (or of V) of one token in one layer, `d_kv = G * D`."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of one element."""
+        return DTYPE_BYTES[self.dtype]

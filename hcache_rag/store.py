@@ -1,0 +1,336 @@
+"""`StateStore`: states in one LMDB environment. Knows bytes and keys; the one door to lmdb.
+
+Four databases: `meta` (format version, store id), `records` (key -> `StateRecord`), `chunks`
+(key | layer u16 | chunk u32, big-endian, so that a layer's chunks lie together) and `models`
+(root key -> a person's name for it). A state is written in one transaction, its record last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import threading
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import lmdb
+
+from hcache_rag.errors import (
+    DamagedStateError,
+    MissingStateError,
+    StoreError,
+    StoreFullError,
+    StoreOpenError,
+)
+from hcache_rag.state import FORMAT_VERSION, StateKey, StateRecord
+
+MAP_BYTES = 1 << 40
+"""Address space reserved for the map. The file itself grows with what is stored."""
+
+_CHUNK_SUFFIX = struct.Struct(">HI")
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """What a store holds: states by kind, and bytes on disk."""
+
+    documents: int
+    preambles: int
+    tokens: int
+    file_bytes: int
+    models: dict[str, int]
+
+
+class StateStore:
+    """A folder of states. Use `StateStore.open`; it is a context manager."""
+
+    def __init__(self, path: Path, env: _SharedEnvironment, read_only: bool) -> None:
+        self.path = path
+        self.read_only = read_only
+        self._env: _SharedEnvironment | None = env
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, read_only: bool = False) -> StateStore:
+        """Open the store in the folder `path`, creating it unless `read_only`.
+
+        Several stores may be opened on one path in one process; they share one environment.
+
+        Raises:
+            StoreOpenError: the path is a file, is not writable, holds something else, or was
+                written by a format version that this release does not know.
+        """
+        folder = Path(path).expanduser().absolute()
+        if folder.exists() and not folder.is_dir():
+            raise StoreOpenError(f"{folder} is a file; a state store is a folder")
+        if read_only and not (folder / "data.mdb").is_file():
+            raise StoreOpenError(f"{folder} holds no state store")
+        if not read_only:
+            try:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise StoreOpenError(f"cannot create {folder}: {error.strerror}") from error
+            if not os.access(folder, os.W_OK):
+                raise StoreOpenError(f"{folder} is not writable")
+        return cls(folder, _SharedEnvironment.acquire(folder, read_only), read_only)
+
+    @property
+    def store_id(self) -> str:
+        """A random name, made when the store was created."""
+        return self._shared.store_id
+
+    def put(self, record: StateRecord, values: Iterable[tuple[int, int, bytes | bytearray]]) -> int:
+        """Store a state in one transaction, replacing one under the same key.
+
+        Args:
+            values: (layer, chunk, value) of every chunk of every layer.
+
+        Returns:
+            The bytes of all values. When this returns, the state outlives this process; `sync`
+            makes it outlive the machine's power.
+
+        Raises:
+            StoreFullError: no room; nothing of the state is stored.
+            StoreError: the store is read-only, or the disk failed.
+        """
+        self._require_writable()
+        value_bytes = 0
+        with self._write() as txn:
+            self._drop(txn, record.key)
+            for layer, chunk, value in values:
+                txn.put(_chunk_key(record.key, layer, chunk), value, db=self._shared.chunks)
+                value_bytes += len(value)
+            txn.put(record.key, record.to_bytes(), db=self._shared.records)
+        return value_bytes
+
+    def record(self, key: StateKey) -> StateRecord | None:
+        """The record of a state, or None where there is none that can be read."""
+        with self._shared.env.begin(db=self._shared.records) as txn:
+            data = txn.get(key)
+        return _parse(key, data) if data is not None else None
+
+    def __contains__(self, key: StateKey) -> bool:
+        with self._shared.env.begin(db=self._shared.records) as txn:
+            return txn.get(key) is not None
+
+    def records(self) -> Iterator[StateRecord]:
+        """All records that can be read, in order of their keys."""
+        with self._shared.env.begin(db=self._shared.records) as txn:
+            for key, data in txn.cursor():
+                record = _parse(bytes(key), bytes(data))
+                if record is not None:
+                    yield record
+
+    @contextmanager
+    def reading(self) -> Iterator[StoreReader]:
+        """A consistent view of all values, for one thread; nothing read from it outlives it."""
+        with self._shared.env.begin(db=self._shared.chunks, buffers=True) as txn:
+            yield StoreReader(txn)
+
+    def delete(self, key: StateKey) -> bool:
+        """Delete a state; False where there was none."""
+        self._require_writable()
+        with self._write() as txn:
+            return self._drop(txn, key)
+
+    def name_model(self, root: StateKey, name: str) -> None:
+        """Remember what a person calls the model behind `root`."""
+        if self.read_only or self.model_names().get(root) == name:
+            return
+        with self._write() as txn:
+            txn.put(root, name.encode(), db=self._shared.models)
+
+    def model_names(self) -> dict[StateKey, str]:
+        """The models that have stored states here, by root key."""
+        with self._shared.env.begin(db=self._shared.models) as txn:
+            return {bytes(key): bytes(name).decode() for key, name in txn.cursor()}
+
+    def sync(self) -> None:
+        """Write everything that was stored through to the disk."""
+        if not self.read_only:
+            self._shared.env.sync(True)
+
+    def stats(self) -> StoreStats:
+        """Count what is stored; reads every record."""
+        documents = preambles = tokens = 0
+        by_model: dict[str, int] = {}
+        names = self.model_names()
+        for record in self.records():
+            tokens += record.num_tokens
+            if record.is_preamble:
+                preambles += 1
+                continue
+            documents += 1
+            name = names.get(record.root, record.root.hex()[:8])
+            by_model[name] = by_model.get(name, 0) + 1
+        file_bytes = (self.path / "data.mdb").stat().st_blocks * 512
+        return StoreStats(documents, preambles, tokens, file_bytes, by_model)
+
+    def close(self) -> None:
+        """Sync and close. Closing twice does nothing."""
+        if self._env is not None:
+            env, self._env = self._env, None
+            env.release()
+
+    def __enter__(self) -> StateStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def _shared(self) -> _SharedEnvironment:
+        if self._env is None:
+            raise StoreError(f"the store {self.path} is closed")
+        return self._env
+
+    def _require_writable(self) -> None:
+        if self.read_only:
+            raise StoreError(f"the store {self.path} is open for reading only")
+
+    @contextmanager
+    def _write(self) -> Iterator[Any]:
+        try:
+            with self._shared.env.begin(write=True) as txn:
+                yield txn
+        except lmdb.MapFullError as error:
+            raise StoreFullError(f"{self.path} has reached its {MAP_BYTES}-byte map") from error
+        except lmdb.Error as error:
+            kind = StoreFullError if "No space left" in str(error) else StoreError
+            raise kind(f"writing to {self.path} failed: {error}") from error
+
+    def _drop(self, txn: Any, key: StateKey) -> bool:
+        cursor = txn.cursor(db=self._shared.chunks)
+        found = cursor.set_range(key)
+        while found and bytes(cursor.key()).startswith(key):
+            found = cursor.delete()
+        return bool(txn.delete(key, db=self._shared.records))
+
+
+class StoreReader:
+    """Reads values inside one read transaction. The views it gives die with it."""
+
+    def __init__(self, txn: Any) -> None:
+        self._txn = txn
+
+    def value(self, key: StateKey, layer: int, chunk: int) -> memoryview:
+        """The stored value of one chunk, straight from the map.
+
+        Raises:
+            MissingStateError: there is none.
+            DamagedStateError: LMDB cannot follow its own pages to it.
+        """
+        try:
+            value = self._txn.get(_chunk_key(key, layer, chunk))
+        except lmdb.Error as error:
+            raise DamagedStateError(key, f"layer {layer}, chunk {chunk}: {error}") from error
+        if value is None:
+            raise MissingStateError(key, f"layer {layer}, chunk {chunk} is not in the store")
+        return memoryview(value)
+
+
+class _SharedEnvironment:
+    """One LMDB environment per path and process (LMDB forbids a second), counted by its users."""
+
+    _open: dict[Path, _SharedEnvironment] = {}  # noqa: RUF012 - the process-wide table itself
+    _lock = threading.Lock()
+
+    def __init__(self, folder: Path, read_only: bool) -> None:
+        self.folder = folder
+        self.read_only = read_only
+        self.users = 1
+        self.pid = os.getpid()
+        try:
+            # sync=False: `put` survives a killed process at once; `sync` adds the power cut.
+            self.env = lmdb.open(
+                str(folder),
+                map_size=MAP_BYTES,
+                max_dbs=8,
+                max_readers=512,
+                mode=0o600,
+                sync=read_only,
+                readonly=read_only,
+                lock=True,
+            )
+        except (lmdb.Error, OSError) as error:
+            raise StoreOpenError(f"{folder} is not a state store: {error}") from error
+        self._opened_stat = os.stat(folder / "data.mdb")
+        try:
+            self._open_databases()
+        except BaseException:
+            self.env.close()
+            raise
+
+    def _open_databases(self) -> None:
+        create = not self.read_only
+        try:
+            self.meta = self.env.open_db(b"meta", create=create)
+            self.records = self.env.open_db(b"records", create=create)
+            self.chunks = self.env.open_db(b"chunks", create=create)
+            self.models = self.env.open_db(b"models", create=create)
+            with self.env.begin(db=self.meta) as txn:
+                data = txn.get(b"store")
+            if data is None:
+                data = json.dumps({"format": FORMAT_VERSION, "id": uuid.uuid4().hex}).encode()
+                with self.env.begin(db=self.meta, write=True) as txn:
+                    txn.put(b"store", data)
+            meta = json.loads(data)
+        except (lmdb.Error, ValueError) as error:
+            raise StoreOpenError(f"{self.folder} is not a state store: {error}") from error
+        if meta.get("format") != FORMAT_VERSION:
+            raise StoreOpenError(
+                f"{self.folder} has store format {meta.get('format')}, "
+                f"this release reads format {FORMAT_VERSION}"
+            )
+        self.store_id: str = meta["id"]
+
+    @classmethod
+    def acquire(cls, folder: Path, read_only: bool) -> _SharedEnvironment:
+        with cls._lock:
+            shared = cls._open.get(folder)
+            if shared is not None and shared.pid == os.getpid() and shared._is_on_disk():
+                if shared.read_only and not read_only:
+                    raise StoreOpenError(f"{folder} is already open in this process, read-only")
+                shared.users += 1
+                return shared
+            shared = cls._open[folder] = cls(folder, read_only)
+            return shared
+
+    def _is_on_disk(self) -> bool:
+        """Whether the open environment is still the file that the path names."""
+        try:
+            return os.path.samestat(self._opened_stat, os.stat(self.folder / "data.mdb"))
+        except OSError:
+            return False
+
+    def release(self) -> None:
+        with self._lock:
+            self.users -= 1
+            if self.users or self.pid != os.getpid():
+                return
+            if self._open.get(self.folder) is self:
+                del self._open[self.folder]
+            if not self.read_only:
+                self.env.sync(True)
+            self.env.close()
+
+
+def _chunk_key(key: StateKey, layer: int, chunk: int) -> bytes:
+    return key + _CHUNK_SUFFIX.pack(layer, chunk)
+
+
+def _parse(key: StateKey, data: bytes) -> StateRecord | None:
+    try:
+        return StateRecord.from_bytes(key, data)
+    except ValueError:
+        return None

@@ -1,0 +1,1 @@
+"""Offline indexing jobs. Nothing imports them."""

@@ -1,0 +1,79 @@
+"""Fixtures: tiny random models of every layout, a tiny tokenizer, the real model and its data."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import byte_tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hcache_rag import StateStore
+from hcache_rag.errors import ModelNotFoundError
+
+REPOSITORY = Path(__file__).parent.parent
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _uninitialised_memory_is_nan() -> Iterator[None]:
+    """An unwritten slot must show: fill `torch.empty` with NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[StateStore]:
+    """An empty store."""
+    with StateStore.open(tmp_path / "store") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """One token per byte, plus the control tokens <bos>, <eos> and <|im_end|>."""
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct in float32, from the package that carries it."""
+    from hcache_rag.bundled import default_model_path
+    from hcache_rag.models import load_model
+
+    try:
+        return load_model(str(default_model_path()))
+    except ModelNotFoundError as error:
+        pytest.skip(f"the real model is not installed: {error}")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real question-answering data."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no question-answering data beside the repository ({SHARED_DATA.name}/)")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def solar_system() -> list[str]:
+    """The passages that the project ships."""
+    folder = REPOSITORY / "examples" / "solar_system"
+    return [path.read_text().strip() for path in sorted(folder.glob("*.md"))]
+
+
+def pytest_make_parametrize_id(config: Any, val: Any) -> str | None:
+    """Readable ids for dataclasses that name themselves."""
+    label = getattr(val, "label", None)
+    return label if isinstance(label, str) else None
