@@ -606,6 +606,13 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     assert "cannot create" in refuse(tmp_path / "locked" / "store")
 
 
+@BOTH
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may look anywhere")
+def test_a_folder_that_cannot_be_looked_into(tmp_path: Path, read_only: bool) -> None:
+    (tmp_path / "locked").mkdir(mode=0o000)
+    refuse(tmp_path / "locked" / "store", read_only=read_only)
+
+
 @pytest.mark.parametrize("exists", [False, True], ids=["no-folder", "empty-folder"])
 def test_nothing_cannot_be_read(tmp_path: Path, exists: bool) -> None:
     """Opening for reading makes nothing either."""
