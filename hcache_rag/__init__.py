@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hcache_rag.engine import GenerationStream, HCacheEngine
+    from hcache_rag.engine import HCacheEngine
     from hcache_rag.errors import (
         DamagedStateError,
         HCacheError,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hcache_rag.indexing import PrecomputeReport
     from hcache_rag.provenance import Generation, Provenance
     from hcache_rag.store import StateStore
+    from hcache_rag.streaming import GenerationStream
 
 __version__ = "0.1.0"
 
@@ -56,7 +57,7 @@ __all__ = [
 _HOME = {
     "Generation": "provenance",
     "GenerationOptions": "generation",
-    "GenerationStream": "engine",
+    "GenerationStream": "streaming",
     "HCacheEngine": "engine",
     "PrecomputeReport": "indexing",
     "Provenance": "provenance",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import dropwhile
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hcache_rag.state import StateKey, StateRecord, TokenIds, token_array
+from hcache_rag.state import StateKey, StateRecord, TokenIds, child_key, token_array
 
 MIN_PREAMBLE_TOKENS = 8
 """A shorter common head with the stored preamble is not worth reading."""
@@ -73,27 +74,22 @@ def compose(
 
     The last token is always read afresh: it gives the first answer token.
     """
-    token_ids = _joined([ids for ids, _ in pieces])
+    pieces = [(ids, record) for ids, record in pieces if len(ids)]
+    head = _head(pieces)
     spans: list[RestoredSpan] = []
-    position = 0
-    path: StateKey | None = root  # the exact path up to `position`, None once it is broken
     if preamble is not None:
-        head = _head(pieces)
         common = _common_prefix(head, preamble.token_ids)
         if common >= MIN_PREAMBLE_TOKENS:
             spans.append(RestoredSpan(preamble, common, 0, is_exact=True))
-        path = preamble.key if common == len(head) == preamble.num_tokens else None
-    elif len(_head(pieces)):
-        path = None
-    for index, (ids, record) in enumerate(pieces):
-        if record is not None:
-            is_exact = path is not None and record.parent == path
-            if len(ids) and (is_exact or not exact_only):
-                spans.append(RestoredSpan(record, len(ids), position, is_exact))
-            path = record.key if is_exact and len(ids) == record.num_tokens else None
-        elif index and any(r is not None for _, r in pieces[:index]) and len(ids):
-            path = None
+    path = child_key(root, head) if len(head) else root
+    position = len(head)
+    for ids, record in _after_head(pieces):
+        is_exact = record is not None and record.parent == path
+        if record is not None and (is_exact or not exact_only):
+            spans.append(RestoredSpan(record, len(ids), position, is_exact))
+        path = child_key(path, ids)
         position += len(ids)
+    token_ids = _joined([ids for ids, _ in pieces])
     return Composition(token_ids, *_leave_last(spans, len(token_ids)))
 
 
@@ -109,6 +105,12 @@ def _head(pieces: Sequence[tuple[TokenIds, Any]]) -> TokenIds:
 
 def _joined(parts: Sequence[TokenIds]) -> TokenIds:
     return np.concatenate(parts) if parts else token_array([])
+
+
+def _after_head(
+    pieces: Sequence[tuple[TokenIds, StateRecord | None]],
+) -> Iterator[tuple[TokenIds, StateRecord | None]]:
+    return dropwhile(lambda piece: piece[1] is None, pieces)
 
 
 def _common_prefix(a: TokenIds, b: TokenIds) -> int:

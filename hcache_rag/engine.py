@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextvars import copy_context
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from hcache_rag.catalogue import NOT_STORED, Catalogue, ResolvedPiece
+from hcache_rag.buffers import BufferPool
+from hcache_rag.catalogue import Catalogue, ResolvedPiece
 from hcache_rag.compose import Composition, compose
 from hcache_rag.errors import PromptTooLongError, StateError, UnsupportedModelError
-from hcache_rag.executor import BufferPool, RestoreTimes, open_restoring
+from hcache_rag.executor import RestoreTimes, open_restoring
 from hcache_rag.generation import GenerationOptions, decode
 from hcache_rag.indexing import PendingState, PrecomputeReport, batches, store_batch
 from hcache_rag.models import ModelAdapter, tokenizer_fingerprint
 from hcache_rag.plan import choose_layout
 from hcache_rag.prompt import Tokenization, Tokenizer
 from hcache_rag.provenance import Generation, Provenance
-from hcache_rag.state import TokenIds, child_key, root_key
+from hcache_rag.repair import FIDELITY_SHARES, begin_repair
+from hcache_rag.state import StateKey, TokenIds, child_key, root_key
 from hcache_rag.store import StateStore
+from hcache_rag.streaming import GenerationStream
 
 logger = logging.getLogger("hcache_rag")
 
-Fidelity = Literal["none", "exact"]
+Fidelity = Literal["exact", "high", "balanced", "fast", "none"] | float
 
 
 class HCacheEngine:
@@ -42,8 +44,10 @@ class HCacheEngine:
         add_bos: whether prompts begin with the tokenizer's own first token.
         representation: what states stored from now on keep: "auto", "hidden", "kv", or one of the
             latter two per layer.
-        fidelity: "none" restores every document that has a state; "exact" only those whose state
-            was computed after the very tokens in front of them, which answers as full prefill.
+        fidelity: how close to full prefill an answer is. "exact" restores only documents whose
+            state was computed after the very tokens in front of them. The others restore every
+            document, and of the relocated ones' tokens repair a share: "high" 30 %, "balanced"
+            15 %, "fast" 5 %, "none" 0, or a number from 0 to 1.
         tokenization: "segmented" or "strict", see `hcache_rag.prompt.Tokenizer`.
         reference_mode: restore in transformers' own order of operations, slower.
         name: what a person calls the model.
@@ -62,13 +66,13 @@ class HCacheEngine:
         preamble: str = "",
         add_bos: bool = True,
         representation: str | Sequence[str] = "auto",
-        fidelity: Fidelity = "none",
+        fidelity: Fidelity = "balanced",
         tokenization: Tokenization = "segmented",
         reference_mode: bool = False,
         name: str | None = None,
     ) -> None:
-        if fidelity not in ("none", "exact"):
-            raise ValueError(f"fidelity is 'none' or 'exact', not {fidelity!r}")
+        self.fidelity = fidelity
+        self.repair_share = _repair_share(fidelity)
         self.adapter = ModelAdapter(model, name)
         if self.adapter.device.type != "cpu":
             raise UnsupportedModelError(
@@ -76,21 +80,22 @@ class HCacheEngine:
             )
         self.tokenizer = tokenizer
         self._tokens = Tokenizer(tokenizer, tokenization)
-        self._owns_store = not isinstance(store, StateStore)
-        self.store = store if isinstance(store, StateStore) else StateStore.open(store)
         self.choice = choose_layout(self.adapter.spec, representation)
-        self.fidelity = fidelity
+        self.root = root_key(self.adapter.fingerprint, tokenizer_fingerprint(tokenizer))
         self.reference_mode = reference_mode
         self.add_bos = add_bos
-        self.root = root_key(self.adapter.fingerprint, tokenizer_fingerprint(tokenizer))
         self.preamble = preamble
         self._preamble_ids = self._tokens.preamble(preamble, add_bos=add_bos)
         self._parent = (
             child_key(self.root, self._preamble_ids) if len(self._preamble_ids) else self.root
         )
+        self._owns_store = not isinstance(store, StateStore)
+        self.store = store if isinstance(store, StateStore) else StateStore.open(store)
         self._catalogue = Catalogue(self.store, self._tokens, self.root, self._parent)
         self._buffers = BufferPool(self.adapter)
         self._indexing = threading.Lock()
+        self._damaged: set[StateKey] = set()
+        self._warned: set[str] = set()
         self._preamble_cache: DynamicCache | None = None
         self._warn_if_foreign()
 
@@ -131,6 +136,7 @@ class HCacheEngine:
                     )
                     for record in records:
                         self._catalogue.add(record)
+                        self._warned.discard(record.text)
                     stored_tokens += sum(record.num_tokens for record in records)
                     stored_bytes += num_bytes
                     done += len(records)
@@ -229,7 +235,8 @@ class HCacheEngine:
         return self._catalogue.resolve(prompt, add_bos=bos)
 
     def _compose(self, pieces: Sequence[ResolvedPiece]) -> Composition:
-        preamble = self.store.record(self._parent) if self._parent != self.root else None
+        has_preamble = self._parent not in (self.root, *self._damaged)
+        preamble = self.store.record(self._parent) if has_preamble else None
         return compose(
             [(piece.token_ids, piece.record) for piece in pieces],
             self.root,
@@ -271,6 +278,9 @@ class HCacheEngine:
                 reference_mode=self.reference_mode,
             ) as cache,
         ):
+            repaired = 0
+            if self.repair_share and composition.num_restored > composition.num_exact:
+                repaired = begin_repair(self.adapter, cache, self.repair_share)
             text, token_ids, reason = decode(
                 self.adapter.model,
                 self.tokenizer,
@@ -281,8 +291,15 @@ class HCacheEngine:
                 emit,
                 cancelled,
             )
-        provenance = _provenance(composition, pieces, seconds, cache.times, warnings)
+        provenance = _provenance(composition, pieces, seconds, cache.times, warnings, repaired)
+        self._warn_of(pieces)
         return Generation(text, token_ids, reason, provenance)
+
+    def _warn_of(self, pieces: Sequence[ResolvedPiece]) -> None:
+        """Log why documents have no usable state, once for each of them."""
+        for note in _misses([p for p in pieces if p.document not in self._warned]):
+            logger.warning(note)
+        self._warned.update(p.document for p in pieces if p.document and p.record is None)
 
     def _without(
         self, pieces: Sequence[ResolvedPiece], error: StateError, warnings: list[str]
@@ -291,14 +308,14 @@ class HCacheEngine:
         message = f"{error}; it was dropped and its tokens are read afresh"
         warnings.append(message)
         logger.warning(message)
+        self._damaged.add(error.key)
         record = self.store.record(error.key)
         if record is not None:
             self._catalogue.mark_damaged(record, f"its state is damaged ({error.reason})")
         if not self.store.read_only:
             self.store.delete(error.key)
-        miss = f"its state is damaged ({error.reason})"
         return [
-            ResolvedPiece(p.token_ids, p.document, None, miss)
+            ResolvedPiece(p.token_ids, p.document, None)  # its warning has been given
             if p.record is not None and p.record.key == error.key
             else p
             for p in pieces
@@ -322,15 +339,16 @@ class HCacheEngine:
                 skipped.append((stripped[:40], reason))
             elif key in pending or key in reused:
                 continue
-            elif key in self.store:
+            elif self.store.record(key) is not None:
                 reused.add(key)
             else:
                 pending[key] = PendingState(key, token_ids, stripped)
         return list(pending.values()), len(reused), skipped
 
     def _store_preamble(self) -> None:
-        if self._parent == self.root or self._parent in self.store:
+        if self._parent == self.root or self.store.record(self._parent) is not None:
             return
+        self._damaged.discard(self._parent)
         state = PendingState(self._parent, self._preamble_ids, self.preamble)
         store_batch(
             self.adapter,
@@ -359,73 +377,23 @@ class HCacheEngine:
             )
 
 
-class GenerationStream(Iterator[str]):
-    """An answer on its way: an iterator of pieces of text.
+def _repair_share(fidelity: Fidelity) -> float:
+    if fidelity == "exact":
+        return 0.0
+    if isinstance(fidelity, str):
+        if fidelity not in FIDELITY_SHARES:
+            known = ", ".join(["exact", *FIDELITY_SHARES])
+            raise ValueError(f"fidelity is a number or one of {known}, not {fidelity!r}")
+        return FIDELITY_SHARES[fidelity]
+    if isinstance(fidelity, bool) or not 0 <= fidelity <= 1:
+        raise ValueError(f"fidelity is a share from 0 to 1, not {fidelity!r}")
+    return float(fidelity)
 
-    Generation runs on a thread of its own, from the first `next` on. Its error is raised by the
-    iterator. `close`, or leaving a `with` block, stops the computation after the token that is
-    being computed and waits for the thread.
-    """
 
-    def __init__(self, run: Callable[[Callable[[str], None], threading.Event], Generation]) -> None:
-        self._run = run
-        self._items: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-        self._cancelled = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._result: Generation | None = None
-        self._finished = False
-
-    @property
-    def result(self) -> Generation:
-        """The finished answer.
-
-        Raises:
-            RuntimeError: the stream has not ended yet.
-        """
-        if self._result is None:
-            raise RuntimeError("the stream has not been read to its end")
-        return self._result
-
-    def __next__(self) -> str:
-        if self._finished:
-            raise StopIteration
-        if self._thread is None:
-            context = copy_context()
-            self._thread = threading.Thread(
-                target=lambda: context.run(self._work), name="hcache-generate", daemon=True
-            )
-            self._thread.start()
-        item = self._items.get()
-        if isinstance(item, str):
-            return item
-        self.close()
-        if item is not None:
-            raise item
-        raise StopIteration
-
-    def close(self) -> None:
-        """Stop generating and wait until the thread has ended."""
-        self._finished = True
-        self._cancelled.set()
-        if self._thread is not None and self._thread.is_alive():
-            self._thread.join()
-
-    def __enter__(self) -> GenerationStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self._cancelled.set()
-
-    def _work(self) -> None:
-        end: BaseException | None = None
-        try:
-            self._result = self._run(self._items.put, self._cancelled)
-        except BaseException as error:
-            end = error
-        self._items.put(end)
+def _misses(pieces: Iterable[ResolvedPiece]) -> list[str]:
+    """A sentence for each cause of documents without a usable state."""
+    causes = Counter(p.miss for p in pieces if p.document is not None and p.miss is not None)
+    return [f"{count} document(s) read afresh: {cause}" for cause, count in causes.items()]
 
 
 def _provenance(
@@ -434,13 +402,9 @@ def _provenance(
     seconds: dict[str, float],
     times: RestoreTimes | None,
     warnings: Sequence[str],
+    repaired: int = 0,
 ) -> Provenance:
     missed = [p for p in pieces if p.document is not None and p.record is None]
-    causes: dict[str, int] = {}
-    for piece in missed:
-        if piece.miss is not None and piece.miss != NOT_STORED:
-            causes[piece.miss] = causes.get(piece.miss, 0) + 1
-    notes = [f"{n} document(s) read afresh: {cause}" for cause, n in causes.items()]
     spent = dict(seconds)
     if times is not None:
         spent.update(
@@ -450,12 +414,13 @@ def _provenance(
     return Provenance(
         prompt_tokens=len(composition.token_ids),
         exact_tokens=exact,
-        relocated_tokens=num_restored - exact,
+        relocated_tokens=num_restored - exact - repaired,
+        repaired_tokens=repaired,
         fresh_tokens=len(composition.fresh_positions),
         missed_tokens=sum(len(p.token_ids) for p in missed),
         documents_restored=sum(not span.record.is_preamble for span in composition.spans),
         documents_missed=len(missed),
         bytes_read=times.bytes_read if times is not None else 0,
         seconds=spent,
-        warnings=(*warnings, *notes),
+        warnings=(*warnings, *_misses(missed)),
     )

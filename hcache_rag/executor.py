@@ -10,75 +10,27 @@ them: attention does not mind the order of keys, as long as the mask speaks of p
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hcache_kernels import project_kv, reference, rope_into
 from hcache_rag import codec
-from hcache_rag.compose import Composition
+from hcache_rag.buffers import STAGING_SLOTS, Buffers
+from hcache_rag.compose import Composition, RestoredSpan
 from hcache_rag.lanes import ReadingLane
 from hcache_rag.layout import LayerFormat, Representation
 from hcache_rag.models import ModelAdapter, bit_words
-from hcache_rag.spec import ModelSpec
 from hcache_rag.store import StateStore, StoreReader
-
-STAGING_SLOTS = 4
-_BLOCK_TOKENS = 256
-
-
-class Buffers:
-    """K and V of all layers for one request, and the staging ring. Fresh memory is slow: reuse it.
-
-    Args:
-        capacity_tokens: slots per layer.
-    """
-
-    def __init__(self, adapter: ModelAdapter, capacity_tokens: int) -> None:
-        spec = adapter.spec
-        self.capacity_tokens = capacity_tokens
-        shape = (spec.num_layers, 1, spec.num_kv_heads, capacity_tokens, spec.head_dim)
-        self.keys = torch.empty(shape, dtype=adapter.dtype, device=adapter.device)
-        self.values = torch.empty_like(self.keys)
-        width = max(spec.hidden_size, spec.kv_width)
-        self.staging = torch.empty((STAGING_SLOTS, capacity_tokens * width), dtype=adapter.dtype)
-        self.row_scales = torch.empty((STAGING_SLOTS, capacity_tokens))
-        self.scratch = torch.empty(capacity_tokens * 2 * spec.kv_width, dtype=adapter.dtype)
-
-
-class BufferPool:
-    """Keeps the buffers of finished requests for the next ones. Thread-safe."""
-
-    def __init__(self, adapter: ModelAdapter) -> None:
-        self._adapter = adapter
-        self._free: list[Buffers] = []
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def borrow(self, tokens: int) -> Iterator[Buffers]:
-        """Buffers of at least `tokens` slots, for the length of the block."""
-        with self._lock:
-            fitting = [b for b in self._free if b.capacity_tokens >= tokens]
-            buffers = min(fitting, key=lambda b: b.capacity_tokens) if fitting else None
-            if buffers is not None:
-                self._free.remove(buffers)
-            else:
-                self._free.clear()  # what is too small now will be too small again
-        if buffers is None:
-            buffers = Buffers(self._adapter, -(-tokens // _BLOCK_TOKENS) * _BLOCK_TOKENS)
-        try:
-            yield buffers
-        finally:
-            with self._lock:
-                self._free.append(buffers)
 
 
 @dataclass
@@ -89,7 +41,26 @@ class RestoreTimes:
     waiting_s: float = 0.0
     projecting_s: float = 0.0
     bytes_read: int = 0
-    layer_ready_s: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pass:
+    """A forward pass over some positions (F,) of the prompt, and the slots (F,) they belong to."""
+
+    positions: Tensor
+    slots: Tensor
+    is_contiguous: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Run:
+    """Restored rows `start` to `stop` of one layer in one format, staged from `offset` on."""
+
+    fmt: LayerFormat
+    start: int
+    stop: int
+    offset: int
+    spans: tuple[RestoredSpan, ...]
 
 
 class RestoringCache(Cache):
@@ -122,14 +93,51 @@ class RestoringCache(Cache):
         restored = composition.restored_positions
         self.num_restored = len(restored)
         self._cos_sin = adapter.position_embeddings(torch.from_numpy(restored).to(adapter.device))
+        self.position_of_slot = torch.from_numpy(
+            np.concatenate((restored, composition.fresh_positions))
+        )
+        self._slot_of_position = torch.argsort(self.position_of_slot)
+        self._pass: _Pass | None = None
         num_layers = adapter.spec.num_layers
         self.restoring_layers = [RestoringLayer(self, i) for i in range(num_layers)]
         super().__init__(layers=list(self.restoring_layers))
+        if self.num_restored:
+            self.begin_pass(composition.fresh_positions)
+
+    def begin_pass(self, positions: npt.NDArray[np.int64]) -> None:
+        """Make the next forward pass read the prompt's tokens at `positions` (F,), ascending.
+
+        What it writes goes to the slots of these positions, over what is there.
+        """
+        at = torch.from_numpy(positions)
+        slots = self._slot_of_position[at]
+        self._pass = _Pass(at, slots, bool((slots.diff() == 1).all()))
+        for layer in self.restoring_layers:
+            layer.rewind()
 
     @property
-    def is_restored(self) -> bool:
-        """Whether the first forward pass has gone through all layers."""
-        return self.restoring_layers[-1].is_initialized
+    def is_in_pass(self) -> bool:
+        """Whether a pass was begun and has not gone through all layers."""
+        return self._pass is not None
+
+    def write(self, layer: int, key_states: Tensor, value_states: Tensor) -> int | None:
+        """Write a pass's K and V to their slots; the filled length, or None outside a pass."""
+        if self._pass is None:
+            return None
+        slots = self._pass.slots
+        if key_states.shape[-2] != len(slots):
+            raise ValueError(f"{key_states.shape[-2]} tokens in a pass over {len(slots)} positions")
+        for buffer, states in (
+            (self.buffers.keys, key_states),
+            (self.buffers.values, value_states),
+        ):
+            if self._pass.is_contiguous:
+                buffer[layer][:, :, slots[0] : slots[-1] + 1] = states
+            else:
+                buffer[layer].index_copy_(2, slots.to(states.device), states)
+        if layer == len(self.restoring_layers) - 1:
+            self._pass = None
+        return len(self.position_of_slot)
 
     def read_layer(self, reader: StoreReader, layer: int) -> None:
         """Reading lane: verify one layer's chunks and put them into their staging slot.
@@ -140,60 +148,72 @@ class RestoringCache(Cache):
             StateError: a chunk is missing or damaged.
         """
         started = time.perf_counter()
-        spec, slot = self.adapter.spec, layer % STAGING_SLOTS
-        begin = 0
-        for span in self.composition.spans:
-            fmt = span.record.layout.layers[layer]
-            end = begin + span.num_tokens
-            first, second = self._targets(layer, slot, fmt)
-            self._read_span(reader, span, layer, fmt, spec, (first, second), begin)
-            begin = end
+        slot = layer % STAGING_SLOTS
+        for run in self._runs(layer):
+            rows = slice(run.start, run.stop)
+            staged = bit_words(self._staged(slot, run))
+            if run.fmt.representation is Representation.HIDDEN:
+                targets = staged, self.buffers.row_scales[slot, rows].numpy()
+            else:
+                targets = staged, bit_words(self.buffers.values[layer, 0, :, rows])
+            begin = 0
+            for span in run.spans:
+                self._read_span(reader, layer, run.fmt, span, targets, begin)
+                begin += span.num_tokens
         self.times.reading_s += time.perf_counter() - started
 
     def _read_span(
         self,
         reader: StoreReader,
-        span: Any,
         layer: int,
         fmt: LayerFormat,
-        spec: ModelSpec,
+        span: RestoredSpan,
         targets: tuple[codec.Words, codec.Words],
         begin: int,
     ) -> None:
-        record = span.record
-        step = record.layout.chunk_tokens
+        record, step = span.record, span.record.layout.chunk_tokens
+        tokens_first = fmt.representation is Representation.HIDDEN
         for chunk in range(record.layout.num_chunks(span.num_tokens)):
-            tokens = min(step, record.num_tokens - chunk * step)
-            shape = codec.ChunkShape.of(fmt, tokens, spec)
+            first = chunk * step
+            tokens = min(step, record.num_tokens - first)
+            shape = codec.ChunkShape.of(fmt, tokens, self.adapter.spec)
             value = reader.value(record.key, layer, chunk)
-            sources = codec.decode(shape, record.key, layer, chunk, value)
             self.times.bytes_read += len(value)
-            used = min(tokens, span.num_tokens - chunk * step)
-            at = slice(begin + chunk * step, begin + chunk * step + used)
-            if fmt.representation is Representation.HIDDEN:
-                targets[0][at] = sources[0][:used]
-                targets[1][at] = sources[1][:used]
-            else:
-                targets[0][:, at] = sources[0][:, :used]
-                targets[1][:, at] = sources[1][:, :used]
+            sources = codec.decode(shape, record.key, layer, chunk, value)
+            used = min(tokens, span.num_tokens - first)
+            at = slice(begin + first, begin + first + used)
+            for target, source in zip(targets, sources, strict=True):
+                if tokens_first:
+                    target[at] = source[:used]
+                else:
+                    target[:, at] = source[:, :used]
 
-    def _targets(self, layer: int, slot: int, fmt: LayerFormat) -> tuple[codec.Words, codec.Words]:
-        if fmt.representation is Representation.HIDDEN:
-            scales = self.buffers.row_scales[slot].numpy()
-            return bit_words(self.staged_hidden(slot)), scales
-        return bit_words(self.staged_keys(slot)), bit_words(self.buffers.values[layer, 0])
+    def _runs(self, layer: int) -> list[_Run]:
+        """Neighbouring spans that keep this layer in one format, each run with its own staging."""
+        runs: list[_Run] = []
+        start = offset = 0
+        for fmt, group in groupby(self.composition.spans, lambda s: s.record.layout.layers[layer]):
+            spans = tuple(group)
+            stop = start + sum(span.num_tokens for span in spans)
+            runs.append(_Run(fmt, start, stop, offset, spans))
+            offset += (stop - start) * self._width(fmt)
+            start = stop
+        return runs
 
-    def staged_hidden(self, slot: int) -> Tensor:
-        """Staging of a `hidden` layer, (R, E)."""
-        width = self.adapter.spec.hidden_size
-        flat = self.buffers.staging[slot, : self.num_restored * width]
-        return flat.view(self.num_restored, width)
-
-    def staged_keys(self, slot: int) -> Tensor:
-        """Staging of a `kv` layer's K before RoPE, (G, R, D)."""
+    def _width(self, fmt: LayerFormat) -> int:
+        """Staged elements of one token."""
         spec = self.adapter.spec
-        flat = self.buffers.staging[slot, : self.num_restored * spec.kv_width]
-        return flat.view(spec.num_kv_heads, self.num_restored, spec.head_dim)
+        is_hidden = fmt.representation is Representation.HIDDEN
+        return spec.hidden_size if is_hidden else spec.kv_width
+
+    def _staged(self, slot: int, run: _Run) -> Tensor:
+        """A run's staging: hidden rows (r, E), or K before RoPE (G, r, D)."""
+        rows = run.stop - run.start
+        end = run.offset + rows * self._width(run.fmt)
+        flat = self.buffers.staging[slot, run.offset : end]
+        if run.fmt.representation is Representation.HIDDEN:
+            return flat.view(rows, -1)
+        return flat.view(self.adapter.spec.num_kv_heads, rows, -1)
 
     def restore_layer(self, layer: int) -> None:
         """Compute lane: wait for a layer's bytes and write its K and V into the first R slots.
@@ -208,48 +228,32 @@ class RestoringCache(Cache):
         started = time.perf_counter()
         self.lane.wait(layer)
         ready = time.perf_counter()
-        keys = self.buffers.keys[layer, 0, :, : self.num_restored]
-        values = self.buffers.values[layer, 0, :, : self.num_restored]
-        for fmt, rows in self._runs(layer):
-            self._restore_rows(layer, fmt, rows, keys[:, rows], values[:, rows])
+        for run in self._runs(layer):
+            self._restore_run(layer, run)
         self.lane.release(layer)
         self.times.waiting_s += ready - started
         self.times.projecting_s += time.perf_counter() - ready
 
-    def _runs(self, layer: int) -> list[tuple[LayerFormat, slice]]:
-        """Neighbouring spans that keep this layer in one format, as one run of rows."""
-        runs: list[tuple[LayerFormat, slice]] = []
-        begin = 0
-        for span in self.composition.spans:
-            fmt, end = span.record.layout.layers[layer], begin + span.num_tokens
-            if runs and runs[-1][0] == fmt:
-                runs[-1] = (fmt, slice(runs[-1][1].start, end))
-            else:
-                runs.append((fmt, slice(begin, end)))
-            begin = end
-        return runs
-
-    def _restore_rows(
-        self, layer: int, fmt: LayerFormat, rows: slice, keys: Tensor, values: Tensor
-    ) -> None:
-        slot = layer % STAGING_SLOTS
+    def _restore_run(self, layer: int, run: _Run) -> None:
+        slot, rows = layer % STAGING_SLOTS, slice(run.start, run.stop)
+        keys = self.buffers.keys[layer, 0, :, rows]
+        values = self.buffers.values[layer, 0, :, rows]
+        staged = self._staged(slot, run)
         cos, sin = (table[rows] for table in self._cos_sin)
-        if fmt.representation is Representation.KV:
-            staged = self.staged_keys(slot)[:, rows]
+        if run.fmt.representation is Representation.KV:
             if self.reference_mode:
                 keys.copy_(reference.rope(staged, cos, sin))
             else:
                 rope_into(staged, cos, sin, keys)
             return
-        hidden = self.staged_hidden(slot)[rows]
         if self.reference_mode:
-            self._project_by_modules(layer, hidden, cos, sin, keys, values)
+            self._project_by_modules(layer, staged, cos, sin, keys, values)
             return
         projection = self.adapter.projections[layer]
-        num_tokens = rows.stop - rows.start
-        scratch = self.buffers.scratch[: num_tokens * 2 * self.adapter.spec.kv_width]
+        num_rows = run.stop - run.start
+        scratch = self.buffers.scratch[: num_rows * 2 * self.adapter.spec.kv_width]
         project_kv(
-            hidden,
+            staged,
             self.buffers.row_scales[slot, rows],
             projection.weight,
             projection.bias,
@@ -257,7 +261,7 @@ class RestoringCache(Cache):
             sin,
             keys,
             values,
-            scratch.view(num_tokens, -1),
+            scratch.view(num_rows, -1),
         )
 
     def _project_by_modules(
@@ -271,32 +275,28 @@ class RestoringCache(Cache):
         keys.copy_(restored[0])
         values.copy_(restored[1])
 
-    def first_inputs(self) -> dict[str, Tensor]:
-        """What the first forward pass reads: the fresh tokens, at their positions, and the mask."""
-        device = self.adapter.device
-        fresh = torch.from_numpy(self.composition.fresh_positions)
-        slots = torch.cat((torch.from_numpy(self.composition.restored_positions), fresh))
-        visible = slots[None, :] <= fresh[:, None]
+    def pass_inputs(self) -> dict[str, Tensor]:
+        """What the pass reads: its tokens, their positions, and which slots each of them sees."""
+        if self._pass is None:
+            raise RuntimeError("no pass was begun")
+        device, positions = self.adapter.device, self._pass.positions
+        visible = self.position_of_slot[None, :] <= positions[:, None]
         # Additive, which both eager and SDPA attention take; SDPA would turn a boolean mask into
         # this one in every layer.
-        lowest = torch.finfo(self.adapter.dtype).min
         mask = torch.zeros((1, 1, *visible.shape), dtype=self.adapter.dtype)
-        mask.masked_fill_(~visible, lowest)
+        mask.masked_fill_(~visible, torch.finfo(self.adapter.dtype).min)
         token_ids = torch.from_numpy(self.composition.token_ids.astype(np.int64))
         return {
-            "input_ids": token_ids[fresh].unsqueeze(0).to(device),
-            "position_ids": fresh.unsqueeze(0).to(device),
+            "input_ids": token_ids[positions].unsqueeze(0).to(device),
+            "position_ids": positions.unsqueeze(0).to(device),
             "attention_mask": mask.to(device),
         }
 
     def by_position(self, layer: int) -> tuple[Tensor, Tensor]:
         """K and V of a layer in the order of positions, (1, G, n, D) each; copies."""
         filled = self.restoring_layers[layer].get_seq_length()
-        positions = np.concatenate(
-            (self.composition.restored_positions, self.composition.fresh_positions)
-        )
-        order = np.concatenate((np.argsort(positions), np.arange(len(positions), filled)))
-        index = torch.from_numpy(order[:filled]).to(self.adapter.device)
+        decoded = torch.arange(len(self.position_of_slot), filled)
+        index = torch.cat((self._slot_of_position, decoded)).to(self.adapter.device)
         return (
             self.buffers.keys[layer].index_select(2, index),
             self.buffers.values[layer].index_select(2, index),
@@ -330,6 +330,10 @@ class RestoringLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         buffers = self._cache.buffers
+        end = self._cache.write(self._layer, key_states, value_states)
+        if end is not None:
+            self._length = end
+            return self._views()
         end = self._length + key_states.shape[-2]
         if end > buffers.capacity_tokens:
             raise ValueError(f"{end} tokens do not fit into {buffers.capacity_tokens} cache slots")
@@ -337,7 +341,18 @@ class RestoringLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         keys[:, :, self._length : end] = key_states
         values[:, :, self._length : end] = value_states
         self._length = end
-        return keys[:, :, :end], values[:, :, :end]
+        return self._views()
+
+    def rewind(self) -> None:
+        """Count only restored tokens again, so that a pass can follow."""
+        self._length = self._cache.num_restored
+
+    def _views(self) -> tuple[Tensor, Tensor]:
+        buffers = self._cache.buffers
+        return (
+            buffers.keys[self._layer][:, :, : self._length],
+            buffers.values[self._layer][:, :, : self._length],
+        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that a query of this length will see."""
@@ -366,17 +381,18 @@ def open_restoring(
     """
     cache = RestoringCache(adapter, composition, buffers, reference_mode=reference_mode)
 
-    def read_only_fresh(
-        _module: object, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if kwargs.get("past_key_values") is cache and not cache.is_restored:
-            kwargs.update(cache.first_inputs())
-        return args, kwargs
+    def read_only_the_pass(
+        _module: object, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # torch leaves kwargs out if the hook is removed while another thread's call runs.
+        if kwargs is None or kwargs.get("past_key_values") is not cache or not cache.is_in_pass:
+            return None
+        return args, {**kwargs, **cache.pass_inputs()}
 
     if not cache.num_restored:
         yield cache
         return
-    hook = adapter.model.register_forward_pre_hook(read_only_fresh, with_kwargs=True)
+    hook = adapter.model.register_forward_pre_hook(read_only_the_pass, with_kwargs=True)
     try:
         with (
             store.reading() as reader,

@@ -108,8 +108,10 @@ class TextAssembler:
             return self._emit(len(self._text))
         return self._emit(len(self._text) - self._held_back())
 
-    def finish(self) -> str:
-        """What was held back."""
+    def finish(self, whole: str) -> str:
+        """What was held back, given the whole text: a stop string's beginning, half a character."""
+        if not self.stopped and whole.startswith(self.text):
+            self._text = whole
         return self._emit(len(self._text))
 
     @property
@@ -180,16 +182,16 @@ def decode(
         stopping_criteria=[_Cancel(cancelled), _Cancel(stopping)],
         **options.generate_kwargs(),
     )
-    rest = assembler.finish()
+    generated = tuple(int(token) for token in sequences[0, ids.shape[1] :])
+    text = str(tokenizer.decode(list(generated), skip_special_tokens=True))
+    rest = assembler.finish(text)
     if rest:
         on_text(rest)
-    generated = tuple(int(token) for token in sequences[0, ids.shape[1] :])
     if assembler.stopped:
         return assembler.text, generated, "stop"
     ended = bool(generated) and generated[-1] in ends
     reason = "stop" if ended else "cancelled" if cancelled.is_set() else "length"
-    text = tokenizer.decode(list(generated), skip_special_tokens=True)
-    return str(text), generated, reason
+    return text, generated, reason
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

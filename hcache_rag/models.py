@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ class Family:
     rotary: str = "rotary_emb"
     norm: str = "input_layernorm"
     norm_eps: str = "variance_epsilon"
+    query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
 
@@ -86,6 +88,7 @@ class ModelAdapter:
         self.norms: list[Any] = [layer.get_submodule(family.norm) for layer in self.layers]
         self.key_projections: list[Any] = [x.get_submodule(family.key) for x in self.layers]
         self.value_projections: list[Any] = [x.get_submodule(family.value) for x in self.layers]
+        self.query_projections: list[Any] = [x.get_submodule(family.query) for x in self.layers]
         self.spec = _spec(model, name or str(config.name_or_path or config.model_type))
         _check_projections(self)
 
@@ -173,28 +176,47 @@ class ModelAdapter:
     @contextmanager
     def _catching(self, layout: StateLayout) -> Iterator[dict[int, list[Any]]]:
         caught: dict[int, list[Any]] = {i: [None, None] for i in range(self.spec.num_layers)}
-        handles = []
-        try:
+        with ExitStack() as hooks:
             for i, fmt in enumerate(layout.layers):
+                put = caught[i].__setitem__
                 if fmt.representation is Representation.HIDDEN:
-                    handles.append(
-                        self.norms[i].register_forward_pre_hook(
-                            lambda _module, args, i=i: caught[i].__setitem__(0, args[0])
-                        )
-                    )
-                    continue
-                for slot, module in enumerate((self.key_projections[i], self.value_projections[i])):
-                    handles.append(
-                        module.register_forward_hook(
-                            lambda _module, _args, output, i=i, slot=slot: caught[i].__setitem__(
-                                slot, output
-                            )
-                        )
-                    )
+                    hooks.enter_context(inputs_of(self.norms[i], partial(put, 0)))
+                else:
+                    hooks.enter_context(outputs_of(self.key_projections[i], partial(put, 0)))
+                    hooks.enter_context(outputs_of(self.value_projections[i], partial(put, 1)))
             yield caught
-        finally:
-            for handle in handles:
-                handle.remove()
+
+
+@contextmanager
+def outputs_of(module: nn.Module, take: Callable[[Tensor], None]) -> Iterator[None]:
+    """Pass a module's outputs to `take`, on this thread only: others may share the model."""
+    owner = threading.get_ident()
+
+    def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        if threading.get_ident() == owner:
+            take(output)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def inputs_of(module: nn.Module, take: Callable[[Tensor], None]) -> Iterator[None]:
+    """Pass a module's first argument to `take`, on this thread only, see `outputs_of`."""
+    owner = threading.get_ident()
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if threading.get_ident() == owner:
+            take(args[0])
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

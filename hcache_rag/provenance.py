@@ -11,9 +11,10 @@ class Provenance:
     """The account of one prompt.
 
     Args:
-        prompt_tokens: all of them: exact + relocated + fresh.
+        prompt_tokens: all of them: exact + relocated + repaired + fresh.
         exact_tokens: restored from states computed after the very tokens in front of them.
-        relocated_tokens: restored from states computed after something else.
+        relocated_tokens: restored from states computed after something else, and left so.
+        repaired_tokens: restored likewise, then read again by the model.
         fresh_tokens: read by the model now.
         missed_tokens: those of the fresh ones that belong to known documents without a usable
             state.
@@ -28,6 +29,7 @@ class Provenance:
     exact_tokens: int
     relocated_tokens: int
     fresh_tokens: int
+    repaired_tokens: int = 0
     missed_tokens: int = 0
     documents_restored: int = 0
     documents_missed: int = 0
@@ -37,7 +39,7 @@ class Provenance:
 
     @property
     def restored_tokens(self) -> int:
-        """Tokens that the model did not have to read."""
+        """Tokens that the model did not have to read now."""
         return self.exact_tokens + self.relocated_tokens
 
     def to_dict(self) -> dict[str, Any]:

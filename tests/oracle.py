@@ -169,32 +169,27 @@ def block_prefill(
     tokenizer: PreTrainedTokenizerBase,
     preamble: str,
     parts: Sequence[Part],
-) -> Reading:
+    *,
+    new_tokens: int = 0,
+    suppressed: Sequence[int] = (),
+) -> tuple[Reading, list[int]]:
     """Read a prompt in which documents see only the preamble, and all other text sees everything.
 
     The cache grows in the order of positions: a document is read after the preamble alone and its
     K rotated to where it stands; everything else, and the prompt's last token, goes through the
     model's own causal forward pass.
+
+    Returns:
+        What the model has after the prompt, and its greedy continuation, token by token.
     """
-    return _reading(*_block_prefill(model, tokenizer, preamble, parts))
-
-
-def block_greedy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    preamble: str,
-    parts: Sequence[Part],
-    new_tokens: int,
-    suppressed: Sequence[int] = (),
-) -> list[int]:
-    """The greedy continuation of `block_prefill`, token by token."""
     cache, logits = _block_prefill(model, tokenizer, preamble, parts)
-    tokens: list[int] = []
+    reading, tokens = _reading(cache, logits.clone()), list[int]()
     while len(tokens) < new_tokens:
         logits[list(suppressed)] = -torch.inf
         tokens.append(int(logits.argmax()))
-        logits = _forward(model, tokens[-1:], cache)
-    return tokens
+        if len(tokens) < new_tokens:
+            logits = _forward(model, tokens[-1:], cache)
+    return reading, tokens
 
 
 @torch.no_grad()
@@ -203,11 +198,10 @@ def block_prefill_by_mask(
     tokenizer: PreTrainedTokenizerBase,
     preamble: str,
     parts: Sequence[Part],
-) -> tuple[Tensor, list[int]]:
-    """The same by other means: one forward pass of all that is not a document, under a 4D mask.
+) -> Tensor:
+    """The last position's logits by other means: one pass of all that is not a document.
 
-    Returns:
-        The last position's logits, and the positions that were read in that pass.
+    The pass goes under a 4D mask over positions, behind the documents.
     """
     head = encode(tokenizer, preamble, is_document=False)
     cache = DynamicCache(config=model.config)
@@ -235,7 +229,8 @@ def block_prefill_by_mask(
         past_key_values=cache,
         use_cache=True,
     )
-    return output.logits[0, -1], positions.tolist()
+    logits: Tensor = output.logits[0, -1]
+    return logits
 
 
 def restore(engine: HCacheEngine, prompt: str) -> tuple[Composition, Reading]:

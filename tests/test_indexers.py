@@ -1,0 +1,198 @@
+"""The offline job: a folder of files to a state store, without a retriever."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes import PRINTABLE, save_gpt2, save_tiny_model
+
+from hcache_indexers.local import index_states, main
+from hcache_rag import ModelNotFoundError, SourceError, StateStore, StoreOpenError
+from hcache_rag.indexing import PrecomputeReport
+from hcache_rag.llama_index import HCacheLLM
+from hcache_rag.state import StateRecord
+
+TEXTS = {
+    "a.txt": "The first of three documents, on its own line.",
+    "b.txt": "The second of three documents, a little longer than the first.\n",
+    "sub/c.txt": "  The third of three documents, with space around it.  ",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny models gain nothing from more, and lose much where other processes compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write(tmp_path / "docs", TEXTS)
+
+
+def write(folder: Path, texts: dict[str, str]) -> Path:
+    for name, text in texts.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def documents(states: Path) -> list[StateRecord]:
+    with StateStore.open(states, read_only=True) as store:
+        return [record for record in store.records() if not record.is_preamble]
+
+
+def run(arguments: Sequence[str | Path]) -> object:
+    """The exit status of the command line: what `sys.exit` was called with, or None."""
+    try:
+        main([str(a) for a in arguments])
+    except SystemExit as stop:
+        return stop.code
+    return None
+
+
+def test_every_file_is_one_document(model: Path, folder: Path, tmp_path: Path) -> None:
+    report = index_states(folder, tmp_path / "states", model=str(model))
+    assert (report.stored, report.reused, report.skipped) == (3, 0, ())
+    records = documents(tmp_path / "states")
+    assert sorted(r.text for r in records) == sorted(t.strip() for t in TEXTS.values())
+    assert report.stored_tokens == sum(r.num_tokens for r in records)
+
+
+def test_the_second_run_reads_nothing_and_a_new_file_alone(
+    model: Path, folder: Path, tmp_path: Path
+) -> None:
+    states = tmp_path / "states"
+    index_states(folder, states, model=str(model))
+    report = index_states(folder, states, model=str(model))
+    assert (report.stored, report.reused, report.stored_tokens) == (0, 3, 0)
+    write(folder, {"new.txt": "A fourth document has come."})
+    report = index_states(folder, states, model=str(model))
+    assert (report.stored, report.reused) == (1, 3)
+
+
+def test_an_llm_on_the_folder_restores_what_the_job_stored(
+    model: Path, folder: Path, tmp_path: Path
+) -> None:
+    index_states(folder, tmp_path / "states", model=str(model))
+    llm = HCacheLLM(model, store=tmp_path / "states", max_new_tokens=4, generate_kwargs=PRINTABLE)
+    text = TEXTS["a.txt"]
+    answer = llm.complete(f"{llm.preamble}{text}\n\nWhat is it?")
+    account = answer.additional_kwargs["hcache"]
+    assert account["exact_tokens"] == len(llm.preamble) + len(text)
+    llm.close()
+
+
+def test_the_store_is_closed_when_the_job_ends(model: Path, folder: Path, tmp_path: Path) -> None:
+    """An environment that is still open for writing could not be opened for reading only."""
+    index_states(folder, tmp_path / "states", model=str(model))
+    with StateStore.open(tmp_path / "states", read_only=True) as store:
+        assert store.read_only
+        with pytest.raises(StoreOpenError, match="read-only"):
+            StateStore.open(tmp_path / "states")
+
+
+def test_main_says_what_it_did(
+    model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments: list[str | Path] = [folder, "--states", tmp_path / "states", "--model", model]
+    assert run(arguments) is None
+    assert capsys.readouterr().out == "3 stored, 0 were there already, 0 skipped\n"
+    assert run(arguments) is None
+    assert capsys.readouterr().out == "0 stored, 3 were there already, 0 skipped\n"
+
+
+def test_main_counts_the_files_that_it_passed_over(
+    model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "picture.png").write_bytes(b"\x89PNG\0\0")
+    assert run([folder, "--states", tmp_path / "states", "--model", model]) is None
+    captured = capsys.readouterr()
+    assert "3 stored, 0 were there already, 1 skipped" in captured.out
+    assert "picture.png" in captured.err + captured.out
+
+
+@pytest.mark.parametrize("case", ["folder", "model", "family", "states"])
+def test_main_says_what_is_wrong_in_one_line(
+    case: str, model: Path, folder: Path, tmp_path: Path
+) -> None:
+    states = tmp_path / "states"
+    arguments: dict[str, list[str | Path]] = {
+        "folder": [tmp_path / "missing", "--states", states, "--model", model],
+        "model": [folder, "--states", states, "--model", folder],
+        "family": [folder, "--states", states, "--model", save_gpt2(tmp_path / "gpt2")],
+        "states": [folder, "--states", folder / "a.txt", "--model", model],
+    }
+    expected = {
+        "folder": f"error: {tmp_path / 'missing'}: no such folder",
+        "model": f"error: {folder} is not a model: ",
+        "family": "which is not supported; supported: llama, mistral, qwen2",
+        "states": f"error: {folder / 'a.txt'} is a file; a state store is a folder",
+    }
+    code = run(arguments[case])  # sys.exit prints a string to stderr and exits with 1
+    assert isinstance(code, str)
+    assert code.startswith("error: ")
+    assert expected[case] in code
+    assert "\n" not in code
+    assert not states.exists(), "a store was left behind"
+
+
+def test_wrong_arguments_exit_with_two(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run([tmp_path]) == 2
+    assert "--states" in capsys.readouterr().err
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("folder", "--states", "--model"))
+
+
+def test_ctrl_c_says_that_nothing_is_lost(
+    model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> PrecomputeReport:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hcache_rag.engine.HCacheEngine.precompute", interrupted)
+    code = run([folder, "--states", tmp_path / "states", "--model", model])
+    assert code == "interrupted; what was stored stays, the next run goes on from there"
+
+
+def test_the_errors_of_the_function_are_the_library_s_own(
+    model: Path, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SourceError):
+        index_states(tmp_path / "missing", tmp_path / "states", model=str(model))
+    with pytest.raises(ModelNotFoundError):
+        index_states(folder, tmp_path / "states", model=str(tmp_path / "missing"))
+    with pytest.raises(StoreOpenError):
+        index_states(folder, folder / "a.txt", model=str(model))
+
+
+def test_a_failing_job_closes_the_store(
+    model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> PrecomputeReport:
+        raise RuntimeError("the machine is on fire")
+
+    monkeypatch.setattr("hcache_rag.engine.HCacheEngine.precompute", failing)
+    with pytest.raises(RuntimeError, match="on fire"):
+        index_states(folder, tmp_path / "states", model=str(model))
+    with StateStore.open(tmp_path / "states", read_only=True) as store:
+        assert store.stats().documents == 0
+        with pytest.raises(StoreOpenError):  # it would open if the job's were still open
+            StateStore.open(tmp_path / "states")
