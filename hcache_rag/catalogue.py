@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
+from hcache_rag.errors import StoreError
 from hcache_rag.prompt import SpanIndex, Tokenizer
 from hcache_rag.state import StateKey, StateRecord, TokenIds, child_key
 from hcache_rag.store import StateStore
+
+logger = logging.getLogger("hcache_rag")
 
 NOT_STORED = "it has no stored state"
 
@@ -52,8 +56,11 @@ class Catalogue:
         self._foreign: dict[str, StateKey] = {}
         self._damaged: dict[str, str] = {}
         self._lock = threading.Lock()
-        for record in store.records():
-            self.add(record)
+        try:
+            for record in store.records():
+                self.add(record)
+        except StoreError as error:
+            logger.warning("%s; the states behind the damage are not used", error)
 
     @property
     def num_foreign(self) -> int:

@@ -133,8 +133,8 @@ def decode(
     if value[: len(header)] != header:
         raise DamagedStateError(key, f"{place} has a header that does not belong there")
     payload = value[HEADER_BYTES:]
-    (stored,) = _CHECKSUM.unpack_from(value, len(header))
-    if stored != _checksum(key, header, payload):
+    tail = _CHECKSUM.pack(_checksum(key, header, payload))
+    if value[len(header) : HEADER_BYTES] != tail.ljust(HEADER_BYTES - len(header), b"\0"):
         raise DamagedStateError(key, f"{place} fails its checksum")
     return shape.arrays(payload)
 

@@ -87,7 +87,10 @@ class StateLayout:
         layers, chunk_tokens = data.get("layers"), data.get("chunk_tokens")
         if not isinstance(layers, list) or not isinstance(chunk_tokens, int):
             raise ValueError(f"not a state layout: {data!r}")
-        formats = tuple(LayerFormat(Representation(name), str(dtype)) for name, dtype in layers)
+        try:
+            formats = tuple(LayerFormat(Representation(name), str(dtype)) for name, dtype in layers)
+        except TypeError as error:
+            raise ValueError(f"not a state layout: {data!r}") from error
         if any(fmt.dtype not in DTYPE_BYTES for fmt in formats):
             raise ValueError(f"unknown storage dtype in layout {data!r}")
         return cls(formats, chunk_tokens)

@@ -35,7 +35,7 @@ def choose_layout(spec: ModelSpec, representation: str | Sequence[str] = "auto")
             raise ValueError(
                 f"{len(representation)} representations were given for {spec.num_layers} layers"
             )
-        layout = StateLayout.of([_parse(name) for name in representation], spec.dtype)
+        layout = StateLayout.of([_parse(n, per_layer=True) for n in representation], spec.dtype)
         return LayoutChoice(layout, "chosen per layer by the caller")
     if representation != "auto":
         layout = StateLayout.of([_parse(representation)] * spec.num_layers, spec.dtype)
@@ -51,9 +51,9 @@ def choose_layout(spec: ModelSpec, representation: str | Sequence[str] = "auto")
     return LayoutChoice(StateLayout.of([chosen] * spec.num_layers, spec.dtype), reason)
 
 
-def _parse(name: str) -> Representation:
+def _parse(name: str, *, per_layer: bool = False) -> Representation:
     try:
         return Representation(name)
     except ValueError:
-        known = ", ".join(["auto", *(r.value for r in Representation)])
+        known = ", ".join([*([] if per_layer else ["auto"]), *(r.value for r in Representation)])
         raise ValueError(f"unknown representation {name!r}; known: {known}") from None

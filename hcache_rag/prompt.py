@@ -92,15 +92,19 @@ class SpanIndex:
 
     def _with_short(self, prompt: str, matches: list[Match]) -> list[Match]:
         """Add short texts, which count only where they fill one or more whole lines."""
-        found = list(matches)
+        candidates = []
         for text in self._short:
             at = prompt.find(text)
             while at >= 0:
                 end = at + len(text)
                 alone = prompt[at - 1 : at] in ("", "\n") and prompt[end : end + 1] in ("", "\n")
-                if alone and all(end <= m.start or at >= m.end for m in found):
-                    found.append(Match(at, end, text))
-                at = prompt.find(text, end)
+                if alone:
+                    candidates.append(Match(at, end, text))
+                at = prompt.find(text, at + 1)
+        found = list(matches)
+        for new in sorted(candidates, key=lambda m: (m.start, -m.end)):
+            if all(new.end <= m.start or new.start >= m.end for m in found):
+                found.append(new)
         return sorted(found, key=lambda match: match.start)
 
 
@@ -118,7 +122,7 @@ def _longest(bucket: Sequence[str], prompt: str, at: int) -> Match | None:
     while place:
         text = bucket[place - 1]
         if tail.startswith(text):
-            if best is None or len(text) > best.end - at:
+            if best is None or len(text) >= best.end - at:
                 best = Match(at, at + len(text), text)
             break
         tail = tail[: _common_length(text, tail)]
@@ -199,7 +203,8 @@ class Tokenizer:
             add_bos: put the tokenizer's own first token in front, unless it stands there already.
             stored: the token ids of a document where they are known, to save tokenising it.
         """
-        start = self._start(prompt, add_bos)
+        literal = not matches or matches[0].start > 0
+        start = self._start(prompt if literal else "", add_bos)
         if self.tokenization == "strict":
             return self._strict(prompt, matches, start, stored)
         pieces = [Piece(token_array(start), None)] if start else []
@@ -271,11 +276,14 @@ class Tokenizer:
         """Encode a text that stands inside a prompt, with offsets into it."""
         if not self._adds_space:
             return self._encode(text, split_special=split_special)
-        ids, offsets = self._encode("\n" + text, split_special=split_special)
-        first = next((i for i, (begin, _) in enumerate(offsets) if begin >= 1), len(ids))
-        if first and offsets[first - 1][1] > 1:  # the newline became one token with the text
-            return self._encode(text, split_special=split_special)
-        return ids[first:], [(begin - 1, end - 1) for begin, end in offsets[first:]]
+        for anchor in ("\n", "a", ".", "|"):
+            head = self._encode(anchor)[0]
+            ids, offsets = self._encode(anchor + text, split_special=split_special)
+            count = len(head)
+            if ids[:count] == head and all(end > 1 for _, end in offsets[count:]):
+                rest = [(max(begin - 1, 0), end - 1) for begin, end in offsets[count:]]
+                return ids[count:], rest
+        return self._encode(text, split_special=split_special)
 
     def _encode(
         self, text: str, *, split_special: bool = False

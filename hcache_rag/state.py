@@ -42,6 +42,10 @@ def child_key(parent: StateKey, token_ids: TokenIds) -> StateKey:
     return digest.digest()
 
 
+def _record_checksum(key: StateKey, data: bytes) -> bytes:
+    return hashlib.blake2b(key + data, digest_size=16).digest()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class StateRecord:
     """One stored state, without its values.
@@ -82,7 +86,8 @@ class StateRecord:
             "created_s": self.created_s,
             "is_preamble": self.is_preamble,
         }
-        return json.dumps(head).encode() + b"\n" + self.token_ids.astype("<u4").tobytes()
+        data = json.dumps(head).encode() + b"\n" + self.token_ids.astype("<u4").tobytes()
+        return data + _record_checksum(self.key, data)
 
     @classmethod
     def from_bytes(cls, key: StateKey, data: bytes) -> StateRecord:
@@ -91,6 +96,9 @@ class StateRecord:
         Raises:
             ValueError: not a record of this format version, or not the one of `key`.
         """
+        data, checksum = data[:-16], data[-16:]
+        if _record_checksum(key, data) != checksum:
+            raise ValueError("the record fails its checksum")
         head_bytes, _, ids_bytes = data.partition(b"\n")
         head = json.loads(head_bytes)
         if not isinstance(head, dict) or head.get("version") != FORMAT_VERSION:

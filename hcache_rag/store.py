@@ -66,10 +66,14 @@ class StateStore:
                 written by a format version that this release does not know.
         """
         folder = Path(path).expanduser().absolute()
-        if folder.exists() and not folder.is_dir():
-            raise StoreOpenError(f"{folder} is a file; a state store is a folder")
-        if read_only and not (folder / "data.mdb").is_file():
-            raise StoreOpenError(f"{folder} holds no state store")
+        try:
+            folder = folder.resolve()
+            if folder.exists() and not folder.is_dir():
+                raise StoreOpenError(f"{folder} is a file; a state store is a folder")
+            if read_only and not (folder / "data.mdb").is_file():
+                raise StoreOpenError(f"{folder} holds no state store")
+        except OSError as error:
+            raise StoreOpenError(f"cannot look into {folder}: {error.strerror}") from error
         if not read_only:
             try:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -111,16 +115,18 @@ class StateStore:
     def record(self, key: StateKey) -> StateRecord | None:
         """The record of a state, or None where there is none that can be read."""
         with self._shared.env.begin(db=self._shared.records) as txn:
-            data = txn.get(key)
+            try:
+                data = txn.get(key)
+            except lmdb.Error:  # LMDB cannot follow its own pages
+                return None
         return _parse(key, data) if data is not None else None
 
     def __contains__(self, key: StateKey) -> bool:
-        with self._shared.env.begin(db=self._shared.records) as txn:
-            return txn.get(key) is not None
+        return self.record(key) is not None
 
     def records(self) -> Iterator[StateRecord]:
         """All records that can be read, in order of their keys."""
-        with self._shared.env.begin(db=self._shared.records) as txn:
+        with self._read(self._shared.records) as txn:
             for key, data in txn.cursor():
                 record = _parse(bytes(key), bytes(data))
                 if record is not None:
@@ -140,20 +146,21 @@ class StateStore:
 
     def name_model(self, root: StateKey, name: str) -> None:
         """Remember what a person calls the model behind `root`."""
-        if self.read_only or self.model_names().get(root) == name:
+        if self.model_names().get(root) == name or self.read_only:
             return
         with self._write() as txn:
             txn.put(root, name.encode(), db=self._shared.models)
 
     def model_names(self) -> dict[StateKey, str]:
         """The models that have stored states here, by root key."""
-        with self._shared.env.begin(db=self._shared.models) as txn:
+        with self._read(self._shared.models) as txn:
             return {bytes(key): bytes(name).decode() for key, name in txn.cursor()}
 
     def sync(self) -> None:
         """Write everything that was stored through to the disk."""
+        shared = self._shared
         if not self.read_only:
-            self._shared.env.sync(True)
+            shared.env.sync(True)
 
     def stats(self) -> StoreStats:
         """Count what is stored; reads every record."""
@@ -197,6 +204,14 @@ class StateStore:
     def _require_writable(self) -> None:
         if self.read_only:
             raise StoreError(f"the store {self.path} is open for reading only")
+
+    @contextmanager
+    def _read(self, database: Any) -> Iterator[Any]:
+        try:
+            with self._shared.env.begin(db=database) as txn:
+                yield txn
+        except lmdb.Error as error:
+            raise StoreError(f"reading {self.path} failed: {error}") from error
 
     @contextmanager
     def _write(self) -> Iterator[Any]:
@@ -266,13 +281,28 @@ class _SharedEnvironment:
             raise StoreOpenError(f"{folder} is not a state store: {error}") from error
         self._opened_stat = os.stat(folder / "data.mdb")
         try:
+            self._mend_length()
             self._open_databases()
         except BaseException:
             self.env.close()
             raise
 
+    def _mend_length(self) -> None:
+        """Reading a page beyond the file's end is a SIGBUS; reading zeros is an error."""
+        needed = (self.env.info()["last_pgno"] + 1) * self.env.stat()["psize"]
+        if os.stat(self.folder / "data.mdb").st_size >= needed:
+            return
+        if self.read_only:
+            raise StoreOpenError(f"{self.folder} is not whole: its end is missing")
+        os.truncate(self.folder / "data.mdb", needed)
+
     def _open_databases(self) -> None:
         create = not self.read_only
+        if create:
+            with self.env.begin() as txn:
+                names = {bytes(key) for key, _ in txn.cursor()}
+            if names - {b"meta", b"records", b"chunks", b"models"}:
+                raise StoreOpenError(f"{self.folder} is not a state store: it holds other data")
         try:
             self.meta = self.env.open_db(b"meta", create=create)
             self.records = self.env.open_db(b"records", create=create)
@@ -285,6 +315,8 @@ class _SharedEnvironment:
                 with self.env.begin(db=self.meta, write=True) as txn:
                     txn.put(b"store", data)
             meta = json.loads(data)
+            if not isinstance(meta, dict):
+                raise ValueError("its description is not one")
         except (lmdb.Error, ValueError) as error:
             raise StoreOpenError(f"{self.folder} is not a state store: {error}") from error
         if meta.get("format") != FORMAT_VERSION:
@@ -292,6 +324,8 @@ class _SharedEnvironment:
                 f"{self.folder} has store format {meta.get('format')}, "
                 f"this release reads format {FORMAT_VERSION}"
             )
+        if not isinstance(meta.get("id"), str):
+            raise StoreOpenError(f"{self.folder} is not a state store: it has no id")
         self.store_id: str = meta["id"]
 
     @classmethod
@@ -303,6 +337,8 @@ class _SharedEnvironment:
                     raise StoreOpenError(f"{folder} is already open in this process, read-only")
                 shared.users += 1
                 return shared
+            if shared is not None and shared.pid != os.getpid():
+                shared.env.close()
             shared = cls._open[folder] = cls(folder, read_only)
             return shared
 

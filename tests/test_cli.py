@@ -318,6 +318,19 @@ def test_files_without_text_are_counted_and_named(
     assert "3 document(s) read, 0 were there already, 3 file(s) skipped" in outcome.out
 
 
+def test_a_store_among_the_documents_is_not_read_as_one(
+    run: Run, model: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`hcache-rag index .` puts its store into the folder that it reads the next time."""
+    monkeypatch.chdir(folder)
+    first = run("index", ".", "--model", model, "--json")
+    second = run("index", ".", "--model", model, "--json")
+    assert (first.code, second.code) == (0, 0)
+    result = json.loads(second.out)
+    assert (result["files"], result["stored"], result["reused"]) == (3, 0, 3)
+    assert second.complaints in ([], ["going on: 3 of 3 documents have their states already"])
+
+
 NAMES = {
     "long": f"{'a-long-name-' * 10}.bin",
     "brackets": "notes [draft].bin",

@@ -19,7 +19,8 @@ import torch
 from fakes import PRINTABLE, FixedRetriever, Recorder, chat_tokenizer, save_gpt2, save_tiny_model
 from llama_index.core import PromptTemplate, Settings
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse
-from llama_index.core.base.response.schema import StreamingResponse
+from llama_index.core.base.response.schema import AsyncStreamingResponse, StreamingResponse
+from llama_index.core.chat_engine import ContextChatEngine
 from llama_index.core.instrumentation.events.exception import ExceptionEvent
 from llama_index.core.instrumentation.events.llm import (
     LLMChatEndEvent,
@@ -283,6 +284,40 @@ def test_segmented_answers_are_the_same_where_the_tokens_are(
     assert str(engine_of(ours).query(QUESTION)) == str(engine_of(theirs).query(QUESTION))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("mode", ["compact", "refine", "tree_summarize"])
+def test_asynchronous_query_engines_answer_as_the_others(
+    new_llm: Callable[..., HCacheLLM], kind: str, mode: str, *, streaming: bool
+) -> None:
+    llm = new_llm(kind, tokenization="strict")
+    options = {"response_mode": mode, "streaming": streaming, "use_async": True}
+
+    async def ask() -> str:
+        response = await engine_of(llm, **options).aquery(QUESTION)
+        if isinstance(response, AsyncStreamingResponse):
+            return "".join([piece async for piece in response.async_response_gen()])
+        return str(response)
+
+    assert asyncio.run(ask()) == str(engine_of(llm, response_mode=mode).query(QUESTION))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_chat_engines_answer_as_with_huggingface_llm(
+    new_llm: Callable[..., HCacheLLM], model: PreTrainedModel, *, streaming: bool
+) -> None:
+    answers: list[list[str]] = []
+    for llm in (new_llm("chat", tokenization="strict"), reference_of("chat", model)):
+        engine = ContextChatEngine.from_defaults(retriever=FixedRetriever(TEXTS), llm=llm)
+        answers.append([])
+        for question in (QUESTION, "And the next one?"):
+            if streaming:
+                answers[-1].append("".join(engine.stream_chat(question).response_gen))
+            else:
+                answers[-1].append(str(engine.chat(question)))
+    assert answers[0] == answers[1]
+    assert all(len(answer) == 12 for answer in answers[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["compact", "refine"])
 def test_the_real_model_answers_as_with_huggingface_llm(
@@ -427,10 +462,12 @@ def test_the_event_loop_goes_on_while_the_model_computes(
     assert ticks >= 3
 
 
+@pytest.mark.parametrize("at_once", [1, 4])
 def test_many_questions_at_once_get_their_own_answers(
-    new_llm: Callable[..., HCacheLLM],
+    new_llm: Callable[..., HCacheLLM], at_once: int
 ) -> None:
-    llm = new_llm()
+    llm = new_llm(max_concurrency=at_once)
+    llm.engine.precompute(TEXTS[:2])
     prompts = [f"{text} {QUESTION}" for text in TEXTS] * 3
     expected = [llm.complete(prompt).text for prompt in prompts]
 
@@ -675,6 +712,17 @@ def test_metadata_is_the_model_s_own(new_llm: Callable[..., HCacheLLM], kind: st
     assert metadata.is_chat_model == (kind == "chat")
     assert not metadata.is_function_calling_model
     assert metadata.model_name == "llama"
+
+
+def test_the_window_is_what_the_engine_takes(new_llm: Callable[..., HCacheLLM]) -> None:
+    """LlamaIndex sizes its prompts by it: one that says too much has them refused."""
+    sliding: Any = tiny_model(next(s for s in SHAPES if s.family == "mistral"))
+    sliding.config.sliding_window = 512
+    llm = new_llm(model=sliding)
+    assert llm.complete("x" * 500).text
+    with pytest.raises(PromptTooLongError, match="window is 512 tokens"):
+        llm.complete("x" * 600)
+    assert llm.metadata.context_window == 512
 
 
 # Arguments per call.

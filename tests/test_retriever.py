@@ -360,6 +360,8 @@ def test_without_its_states_the_answers_are_those_of_full_prefill(
 
     llm = new_llm()
     retriever = HCacheRetriever.from_persist_dir(tmp_path, llm=llm, embed_model=WordEmbedding())
+    everything = llm.preamble + "\n\n".join(TEXTS) + "\n\nWhat?"
+    assert account(llm, everything)["documents_missed"] == 5  # known before any is retrieved
     engine = RetrieverQueryEngine.from_args(retriever, llm=llm)
     expected = RetrieverQueryEngine.from_args(retriever, llm=reference)
     assert str(engine.query(QUESTION)) == str(expected.query(QUESTION))

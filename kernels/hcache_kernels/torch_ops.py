@@ -17,7 +17,7 @@ def fold_projection(gain: Tensor, key_weight: Tensor, value_weight: Tensor) -> T
     Rounded once, from float32 to the weights' dtype.
     """
     stacked = torch.cat((key_weight, value_weight)).float() * gain.float()
-    return stacked.to(key_weight.dtype).t().contiguous()
+    return stacked.to(key_weight.dtype).t()
 
 
 def rope_into(keys: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
@@ -54,9 +54,10 @@ def project_kv(
     """
     num_tokens, (num_heads, _, head_dim) = hidden.shape[0], keys_out.shape
     torch.mm(hidden, weight, out=scratch)
-    scratch.mul_(scale.unsqueeze(-1))
-    if bias is not None:
-        scratch.add_(bias)
+    if bias is None:
+        scratch.mul_(scale.unsqueeze(-1))
+    else:
+        torch.addcmul(bias, scratch, scale.unsqueeze(-1), out=scratch)
     projected = scratch.view(num_tokens, 2, num_heads, head_dim).permute(1, 2, 0, 3)
     rope_into(projected[0], cos, sin, keys_out)
     values_out.copy_(projected[1])
