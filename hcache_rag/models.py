@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -244,6 +245,8 @@ def load_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    if not os.path.isdir(path):
+        raise ModelNotFoundError(f"{path} is not a model: no such folder")
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from hcache_rag.errors import SourceError
 
+_OWN_FILES = ("hcache-rag.json", "data.mdb", "vectors.faiss")
+"""A folder that holds one of these is a store of ours, not documents."""
+
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
@@ -65,7 +68,8 @@ def _walk(root: Path) -> Iterator[Path]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir() and not entry.is_symlink():
-            yield from _walk(entry)
+            if not any((entry / name).exists() for name in _OWN_FILES):
+                yield from _walk(entry)
         elif entry.is_file():
             yield entry
 

@@ -523,6 +523,7 @@ def test_the_real_model_end_to_end(tmp_path: Path, solar_system: list[str]) -> N
     assert counts["models"] == {"SmolLM2-135M-Instruct": 3}
 
     examined = in_a_process("doctor", "--store", store, "--json")
+    assert examined.err == ""
     checks = checks_of(examined)
     assert checks["store"]["ok"]
     assert checks["model and self-check"]["ok"], checks["model and self-check"]["detail"]

@@ -371,7 +371,8 @@ def test_without_its_states_the_answers_are_those_of_full_prefill(
     assert (spent["documents_restored"], spent["documents_missed"]) == (0, 4)
     assert spent["missed_tokens"] == sum(map(len, found))
     assert spent["restored_tokens"] == 0
-    assert spent["warnings"] == ()
+    [warning] = spent["warnings"]
+    assert "4 document(s) read afresh" in warning
     assert llm.complete(prompt).text == reference.complete(prompt).text
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ParamSpec
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from hcache_rag.errors import HCacheError
 
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 _out = Console()
 _err = Console(stderr=True)
+_P = ParamSpec("_P")
 
 StoreOption = Annotated[
     Path, typer.Option("--store", "-s", help="Folder that holds the index and the states.")
@@ -38,23 +39,32 @@ DEFAULT_STORE = Path("hcache-store")
 
 def main() -> None:
     """Run the command line; every foreseeable failure is one line and exit code 1."""
-    try:
-        code = app(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        code = stop.exit_code
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        _err.print("[yellow]interrupted[/]; what was stored stays, the next run goes on from there")
-        code = 130
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except HCacheError as error:
-        _err.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
-        code = 1
-    sys.exit(code if isinstance(code, int) else 0)
+    app()
+
+
+def _reported(command: Callable[_P, None]) -> Callable[_P, None]:
+    @wraps(command)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            rest = "; what was stored stays, the next run goes on from there"
+            _say(_err, "interrupted", "yellow", rest)
+            raise typer.Exit(130) from None
+        except HCacheError as error:
+            _say(_err, "error:", "red", f" {error}")
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def _say(console: Console, label: str, style: str, text: str) -> None:
+    """One line with a coloured beginning; nothing in `text` is markup."""
+    console.print(Text.assemble((label, style), text), soft_wrap=True)
 
 
 @app.command()
+@_reported
 def index(
     folder: Annotated[Path, typer.Argument(help="Folder of text files, searched recursively.")],
     store: StoreOption = DEFAULT_STORE,
@@ -75,7 +85,7 @@ def index(
     _one_of("--representation", representation, ("auto", "hidden", "kv"))
     contents = read_folder(folder)
     for name, reason in contents.skipped:
-        _err.print(f"[yellow]skipped[/] {name}: {reason}", highlight=False)
+        _say(_err, "skipped", "yellow", f" {name}: {reason}")
     with _quiet_transformers(), _status("loading the model", not as_json):
         from hcache_rag.llama_index.folder import ModelChoice, index_folder
     persist_dir = store.expanduser()
@@ -83,7 +93,7 @@ def index(
         report, llm = index_folder(
             contents,
             persist_dir,
-            ModelChoice(model, dtype, representation),
+            ModelChoice(model and os.path.abspath(model), dtype, representation),
             on_progress=on_progress,
         )
     choice = llm.engine.choice
@@ -112,12 +122,13 @@ def index(
             f"{_size(report.stored_bytes)} of states"
         )
     for text, reason in report.skipped:
-        _out.print(f"[yellow]not stored[/] {text!r}: {reason}", highlight=False)
-    _out.print(f"each layer keeps {choice.layout}; {choice.reason}", highlight=False)
-    _out.print(f'now try: hcache-rag ask "..." --store {store}', highlight=False)
+        _say(_out, "not stored", "yellow", f" {text!r}: {reason}")
+    _say(_out, "each layer keeps ", "", f"{choice.layout}; {choice.reason}")
+    _say(_out, "now try: ", "", f'hcache-rag ask "..." --store {store}')
 
 
 @app.command()
+@_reported
 def ask(
     question: Annotated[str, typer.Argument(help="What you want to know.")],
     store: StoreOption = DEFAULT_STORE,
@@ -155,19 +166,19 @@ def ask(
         return
     tokens = answer.provenance
     _out.print()
-    _err.print(
+    account = (
         f"first text after {answer.first_text_s * 1e3:,.0f} ms · {tokens['restored_tokens']:,} of "
         f"{tokens['prompt_tokens']:,} prompt tokens restored, {tokens['fresh_tokens']:,} read, "
         f"{tokens['repaired_tokens']:,} repaired · "
-        f"{_size(tokens['bytes_read'])} from the store · from {', '.join(answer.sources)}",
-        style="dim",
-        highlight=False,
+        f"{_size(tokens['bytes_read'])} from the store · from {', '.join(answer.sources)}"
     )
+    _say(_err, account, "dim", "")
     for warning in tokens["warnings"]:
-        _err.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        _say(_err, "warning:", "yellow", f" {warning}")
 
 
 @app.command()
+@_reported
 def stats(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
     """Show what a store holds."""
     from hcache_rag.llama_index.folder import open_states
@@ -188,6 +199,7 @@ def stats(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> No
 
 
 @app.command()
+@_reported
 def doctor(
     store: Annotated[
         Path | None, typer.Option("--store", "-s", help="A store to look at as well.")
@@ -237,7 +249,7 @@ def _reading_bar(show: bool) -> Iterator[Callable[[int, int], None]]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=_err, disable=not show) as progress:
+    with Progress(*columns, console=_err, disable=not show, transient=True) as progress:
         task = progress.add_task("loading the model", total=None)
         started = False
 

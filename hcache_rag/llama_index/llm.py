@@ -141,6 +141,9 @@ class HCacheLLM(CustomLLM):
             is_chat_model = tokenizer.chat_template is not None
         if is_chat_model and kwargs.get("messages_to_prompt") is None:
             kwargs["messages_to_prompt"] = _chat_template_of(tokenizer)
+        unknown = sorted(set(kwargs) - set(type(self).model_fields))
+        if unknown:
+            raise TypeError(f"unknown argument(s): {', '.join(unknown)}")
         super().__init__(
             model_name=name,
             dtype=str(model.dtype).removeprefix("torch."),
@@ -197,7 +200,7 @@ class HCacheLLM(CustomLLM):
     @property
     def has_store(self) -> bool:
         """Whether a store was named, by the caller or by a retriever."""
-        return self._store is not None
+        return self._store is not None and self._temporary is None
 
     def use_store(self, path: str | os.PathLike[str]) -> None:
         """Keep states in the folder `path` from now on.
@@ -206,17 +209,24 @@ class HCacheLLM(CustomLLM):
             ValueError: the LLM has another store already.
         """
         with self._lock:
-            if self._store is not None:
+            if self.has_store and self._store is not None:
                 raise ValueError(f"this LLM already keeps its states in {self._store.path}")
-            self._store = StateStore.open(path)
-            self._engine = self._new_engine(self._store)
+            store = StateStore.open(path)
+            self._close_temporary()
+            self._store, self._engine = store, self._new_engine(store)
 
     def close(self) -> None:
         """Close the store; afterwards the LLM cannot be used."""
         if self._store is not None:
             self._store.close()
+        self._close_temporary()
+
+    def _close_temporary(self) -> None:
         if self._temporary is not None:
+            if self._store is not None:
+                self._store.close()
             self._temporary.cleanup()
+            self._temporary = None
 
     @property
     def preamble(self) -> str:

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.embeddings.base import BaseEmbedding
-from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle, TextNode
+from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
+from llama_index.core.storage.docstore.utils import doc_to_json, json_to_doc
 
 from hcache_rag.errors import SourceError
 
@@ -33,7 +34,7 @@ class VectorIndex:
 
     def __init__(
         self,
-        nodes: Sequence[TextNode],
+        nodes: Sequence[BaseNode],
         index: Any,
         embedding_name: str,
     ) -> None:
@@ -65,7 +66,7 @@ class VectorIndex:
         index = faiss.IndexFlatIP(len(rows[0]) if rows else 1)
         if rows:
             index.add(np.stack(rows))
-        return cls([_as_text_node(node) for node in nodes], index, name)
+        return cls(nodes, index, name)
 
     def embeddings(self) -> npt.NDArray[np.float32]:
         """All rows, (nodes, dimensions), normalised."""
@@ -90,7 +91,7 @@ class VectorIndex:
         generation.mkdir(mode=0o700)
         with (generation / "nodes.jsonl").open("w", encoding="utf-8") as lines:
             for node in self.nodes:
-                lines.write(json.dumps(node.to_dict()) + "\n")
+                lines.write(json.dumps(doc_to_json(node)) + "\n")
         faiss.write_index(self._faiss, str(generation / "vectors.faiss"))
         manifest = {
             "format": _FORMAT,
@@ -116,11 +117,11 @@ class VectorIndex:
         vectors = folder / str(manifest.get("vectors"))
         try:
             with (vectors / "nodes.jsonl").open(encoding="utf-8") as lines:
-                nodes = [TextNode.from_dict(json.loads(line)) for line in lines]
+                nodes = [json_to_doc(json.loads(line)) for line in lines]
             index = faiss.read_index(str(vectors / "vectors.faiss"))
             return cls(nodes, index, str(manifest.get("embedding")))
-        except (OSError, ValueError, RuntimeError) as error:  # FAISS raises RuntimeError
-            reason = str(error).strip().splitlines()[-1]
+        except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise SourceError(f"the index in {folder} cannot be read: {reason}") from error
 
 
@@ -170,12 +171,6 @@ def embedding_text(node: BaseNode) -> str:
     from llama_index.core.schema import MetadataMode
 
     return node.get_content(metadata_mode=MetadataMode.EMBED)
-
-
-def _as_text_node(node: BaseNode) -> TextNode:
-    if not isinstance(node, TextNode):
-        raise TypeError(f"only text nodes can be indexed, not {type(node).__name__}")
-    return node
 
 
 def _normalised(embedding: Sequence[float]) -> npt.NDArray[np.float32]:

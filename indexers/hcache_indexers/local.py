@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,7 +29,8 @@ def index_states(
     """
     from hcache_rag.llama_index import HCacheLLM
 
-    texts = [file.text for file in read_folder(folder).files]
+    contents = read_folder(folder)
+    texts = [file.text for file in contents.files]
     llm = HCacheLLM(model, store=states)
     try:
         with tqdm(total=len(texts), unit="doc", disable=not show_progress) as bar:
@@ -37,7 +39,8 @@ def index_states(
                 bar.total, bar.n = total, done
                 bar.refresh()
 
-            return llm.engine.precompute(texts, on_progress=advance)
+            report = llm.engine.precompute(texts, on_progress=advance)
+            return replace(report, skipped=(*contents.skipped, *report.skipped))
     finally:
         llm.close()
 
@@ -57,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; what was stored stays, the next run goes on from there")
+    for name, reason in report.skipped:
+        sys.stderr.write(f"skipped {name}: {reason}\n")
     sys.stdout.write(
         f"{report.stored} stored, {report.reused} were there already, "
         f"{len(report.skipped)} skipped\n"
