@@ -15,6 +15,7 @@ def default_embedding() -> BaseEmbedding:
     """
     from llama_index.embeddings.huggingface import HuggingFaceEmbedding
 
-    embedding = HuggingFaceEmbedding(model_name=str(default_embedding_path()), device="cpu")
+    path = str(default_embedding_path())
+    embedding: BaseEmbedding = HuggingFaceEmbedding(model_name=path, device="cpu")
     embedding.model_name = EMBEDDING_NAME  # the folder differs from machine to machine
     return embedding
