@@ -16,7 +16,7 @@ from hcache_rag.store import StateStore
 
 logger = logging.getLogger("hcache_rag")
 
-NOT_STORED = "it has no stored state"
+NOT_STORED = "no stored state"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,11 +125,11 @@ class Catalogue:
         if record is not None:
             if np.array_equal(record.token_ids[: len(token_ids)], token_ids):
                 return ResolvedPiece(token_ids, document, record)
-            miss = "its stored token ids differ from the prompt's"
+            miss = "stored token ids differ from the prompt's"
         with self._lock:
             miss = miss or self._damaged.get(document)
             foreign = self._foreign.get(document)
         if miss is None and foreign is not None:
             name = self._store.model_names().get(foreign, "another model")
-            miss = f"its state was made by another model or tokenizer ({name})"
+            miss = f"state made by another model or tokenizer ({name})"
         return ResolvedPiece(token_ids, document, None, miss or NOT_STORED)

@@ -311,7 +311,7 @@ class HCacheEngine:
         self._damaged.add(error.key)
         record = self.store.record(error.key)
         if record is not None:
-            self._catalogue.mark_damaged(record, f"its state is damaged ({error.reason})")
+            self._catalogue.mark_damaged(record, f"damaged state ({error.reason})")
         if not self.store.read_only:
             self.store.delete(error.key)
         return [

@@ -44,7 +44,7 @@ def choose_layout(spec: ModelSpec, representation: str | Sequence[str] = "auto")
     hidden, kv = spec.hidden_size, 2 * spec.kv_width
     chosen = Representation.HIDDEN if hidden < kv else Representation.KV
     reason = (
-        f"kv: hidden states are {hidden} elements per token and layer, K and V only {kv}"
+        f"kv: hidden states are {hidden} elements per token and layer, K and V {kv}"
         if chosen is Representation.KV
         else f"hidden: {hidden} elements per token and layer, where K and V take {kv}"
     )

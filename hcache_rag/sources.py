@@ -68,7 +68,7 @@ def _walk(root: Path) -> Iterator[Path]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir() and not entry.is_symlink():
-            if not any((entry / name).exists() for name in _OWN_FILES):
+            if not any(os.path.exists(entry / name) for name in _OWN_FILES):
                 yield from _walk(entry)
         elif entry.is_file():
             yield entry

@@ -162,14 +162,19 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_ctrl_c_says_that_nothing_is_lost(
-    model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def interrupted(*_: Any, **__: Any) -> PrecomputeReport:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hcache_rag.engine.HCacheEngine.precompute", interrupted)
-    code = run([folder, "--states", tmp_path / "states", "--model", model])
-    assert code == "interrupted; what was stored stays, the next run goes on from there"
+    assert run([folder, "--states", tmp_path / "states", "--model", model]) == 130
+    said = "interrupted; what was stored stays, the next run goes on from there"
+    assert said in capsys.readouterr().err
 
 
 def test_the_errors_of_the_function_are_the_library_s_own(

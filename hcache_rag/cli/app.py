@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ DEFAULT_STORE = Path("hcache-store")
 
 def main() -> None:
     """Run the command line; every foreseeable failure is one line and exit code 1."""
+    logging.getLogger("hcache_rag").addHandler(logging.NullHandler())  # warnings are printed here
     app()
 
 
@@ -66,7 +68,9 @@ def _say(console: Console, label: str, style: str, text: str) -> None:
 @app.command()
 @_reported
 def index(
-    folder: Annotated[Path, typer.Argument(help="Folder of text files, searched recursively.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder of text files, searched recursively.")
+    ],
     store: StoreOption = DEFAULT_STORE,
     model: Annotated[
         str | None,
@@ -130,7 +134,7 @@ def index(
 @app.command()
 @_reported
 def ask(
-    question: Annotated[str, typer.Argument(help="What you want to know.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What you want to know.")],
     store: StoreOption = DEFAULT_STORE,
     top_k: Annotated[int, typer.Option(min=1, help="Passages to answer from.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
@@ -158,7 +162,7 @@ def ask(
             llm,
             question,
             top_k=top_k,
-            on_text=None if as_json else lambda text: _out.print(text, end="", markup=False),
+            on_text=None if as_json else lambda text: _out.out(text, end="", highlight=False),
         )
     llm.close()
     if as_json:
@@ -188,13 +192,13 @@ def stats(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> No
     if as_json:
         _print_json(result)
         return
-    table = Table(title=str(store), show_header=False)
+    table = Table(title=Text(str(store)), show_header=False)
     table.add_row("documents", f"{result['documents']:,}")
     table.add_row("tokens", f"{result['tokens']:,}")
     table.add_row("preambles", f"{result['preambles']:,}")
     table.add_row("bytes on disk", _size(result["file_bytes"]))
     for name, count in result["models"].items():
-        table.add_row(f"documents of {name}", f"{count:,}")
+        table.add_row(Text(f"documents of {name}"), f"{count:,}")
     _out.print(table)
 
 
@@ -221,7 +225,7 @@ def doctor(
         table = Table(show_header=False, box=None)
         for check in checks:
             mark = "[green]ok[/]" if check.ok else "[red]FAILED[/]"
-            table.add_row(mark, check.name, check.detail)
+            table.add_row(mark, check.name, Text(check.detail))
         _out.print(table, highlight=False)
     if not healthy:
         raise typer.Exit(1)
@@ -249,14 +253,16 @@ def _reading_bar(show: bool) -> Iterator[Callable[[int, int], None]]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=_err, disable=not show, transient=True) as progress:
+    with Progress(
+        *columns, console=_err, disable=not (show and _err.is_terminal), transient=True
+    ) as progress:
         task = progress.add_task("loading the model", total=None)
         started = False
 
         def advance(done: int, total: int) -> None:
             nonlocal started
             text = "reading documents"
-            if not started and done:
+            if not started and 0 < done < total:
                 text = f"going on: {done} of {total} documents have their states already"
                 progress.console.print(text, highlight=False)
             started = True

@@ -105,7 +105,6 @@ def _self_check(model: str | None) -> str:
             with StateStore.open(Path(folder) / part) as store:
                 engine = HCacheEngine(loaded, tokenizer, store, preamble=preamble, name=name)
                 engine.precompute(texts)
-                engine.announce(_PASSAGES)
                 answers.append(engine.generate(prompt, options=options))
     full, restored = answers
     if not restored.provenance.exact_tokens:

@@ -101,6 +101,7 @@ class HCacheLLM(CustomLLM):
     _representation: str | Sequence[str] = PrivateAttr()
     _template: BasePromptTemplate | None = PrivateAttr()
     _store: StateStore | None = PrivateAttr()
+    _owns_store: bool = PrivateAttr()
     _temporary: tempfile.TemporaryDirectory[str] | None = PrivateAttr()
     _engine: HCacheEngine | None = PrivateAttr()
     _reference_mode: bool = PrivateAttr()
@@ -166,6 +167,7 @@ class HCacheLLM(CustomLLM):
         self._slots = threading.Semaphore(max_concurrency)
         self._lock = threading.Lock()
         self._store = None
+        self._owns_store = not isinstance(store, StateStore)
         if store is not None:
             self._store = store if isinstance(store, StateStore) else StateStore.open(store)
         if self._store is not None:
@@ -216,8 +218,8 @@ class HCacheLLM(CustomLLM):
             self._store, self._engine = store, self._new_engine(store)
 
     def close(self) -> None:
-        """Close the store; afterwards the LLM cannot be used."""
-        if self._store is not None:
+        """Close the store, unless the caller brought it open; the LLM cannot be used any more."""
+        if self._store is not None and self._owns_store:
             self._store.close()
         self._close_temporary()
 
@@ -373,6 +375,8 @@ class HCacheLLM(CustomLLM):
             known = ", ".join(_OPTIONS)
             raise TypeError(f"unknown argument(s) {', '.join(unknown)}; known per call: {known}")
         given = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, **kwargs}
+        if ("top_p" in kwargs or "top_k" in kwargs) and not given["temperature"]:
+            given["temperature"] = kwargs.get("temperature", 1.0)  # asked to sample
         if isinstance(given.get("stop"), str):
             given["stop"] = (given["stop"],)
         return GenerationOptions(**given, extra=self.generate_kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from hcache_rag.llama_index.llm import HCacheLLM
 from hcache_rag.llama_index.precompute import precompute
 from hcache_rag.llama_index.text import llm_texts
 from hcache_rag.llama_index.vectors import MANIFEST, VectorIndex, VectorRetriever
+
+logger = logging.getLogger("hcache_rag")
 
 STATES = "states"
 CHUNK_TOKENS = 512
@@ -93,7 +96,7 @@ class HCacheRetriever(BaseRetriever):
         if transformations is None:
             transformations = [_splitter(llm)]
         nodes: list[BaseNode] = list(run_transformations(documents, transformations))
-        known = VectorIndex.load(folder) if folder and (folder / MANIFEST).is_file() else None
+        known = _known_index(folder)
         index = VectorIndex.build(nodes, embed_model, known, show_progress=show_progress)
         report = precompute(llm, nodes, show_progress=show_progress, on_progress=on_progress)
         if folder is not None:
@@ -156,6 +159,16 @@ def _top_k_name(retriever: BaseRetriever) -> str:
         if hasattr(retriever, name):
             return name
     raise AttributeError(f"{type(retriever).__name__} has no similarity_top_k")
+
+
+def _known_index(folder: Path | None) -> VectorIndex | None:
+    if folder is None or not (folder / MANIFEST).is_file():
+        return None
+    try:
+        return VectorIndex.load(folder)
+    except SourceError as error:
+        logger.warning("%s; it is made anew", error)
+        return None
 
 
 def _bind(llm: HCacheLLM, folder: Path | None) -> None:

@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except HCacheError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; what was stored stays, the next run goes on from there")
+        sys.stderr.write("interrupted; what was stored stays, the next run goes on from there\n")
+        sys.exit(130)
     for name, reason in report.skipped:
         sys.stderr.write(f"skipped {name}: {reason}\n")
     sys.stdout.write(
