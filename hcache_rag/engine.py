@@ -122,7 +122,12 @@ class HCacheEngine:
                 on_progress(done, total)
             try:
                 if pending:
-                    self.store.name_model(self.root, self.adapter.spec.name)
+                    self.store.name_model(
+                        self.root,
+                        self.adapter.spec.name,
+                        str(self.choice.layout),
+                        self.choice.reason,
+                    )
                     self._store_preamble()
                 for batch in batches(pending):
                     records, num_bytes = store_batch(

@@ -14,7 +14,7 @@ import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,13 +38,31 @@ _CHUNK_SUFFIX = struct.Struct(">HI")
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """What a store holds: states by kind, and bytes on disk."""
+    """What a store holds: states by kind, bytes on disk, documents and layout of each model."""
 
     documents: int
     preambles: int
     tokens: int
     file_bytes: int
     models: dict[str, int]
+    layouts: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A model that has stored states: its name, what they keep, and why that was chosen."""
+
+    name: str
+    layout: str = ""
+    reason: str = ""
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> StoredModel:
+        """What `StateStore.name_model` wrote; a damaged entry is a model without a name."""
+        try:
+            return cls(**json.loads(data))
+        except (ValueError, TypeError):
+            return cls("an unknown model")
 
 
 class StateStore:
@@ -144,17 +162,23 @@ class StateStore:
         with self._write() as txn:
             return self._drop(txn, key)
 
-    def name_model(self, root: StateKey, name: str) -> None:
-        """Remember what a person calls the model behind `root`."""
-        if self.model_names().get(root) == name or self.read_only:
+    def name_model(self, root: StateKey, name: str, layout: str = "", reason: str = "") -> None:
+        """Remember what a person calls the model behind `root`, what its states keep, and why."""
+        model = StoredModel(name, layout, reason)
+        if self.models().get(root) == model or self.read_only:
             return
         with self._write() as txn:
-            txn.put(root, name.encode(), db=self._shared.models)
+            txn.put(root, json.dumps(asdict(model)).encode(), db=self._shared.models)
 
-    def model_names(self) -> dict[StateKey, str]:
+    def models(self) -> dict[StateKey, StoredModel]:
         """The models that have stored states here, by root key."""
         with self._read(self._shared.models) as txn:
-            return {bytes(key): bytes(name).decode() for key, name in txn.cursor()}
+            found = {bytes(key): bytes(data) for key, data in txn.cursor()}
+        return {key: StoredModel.from_bytes(data) for key, data in found.items()}
+
+    def model_names(self) -> dict[StateKey, str]:
+        """What persons call these models, by root key."""
+        return {root: model.name for root, model in self.models().items()}
 
     def sync(self) -> None:
         """Write everything that was stored through to the disk."""
@@ -176,7 +200,8 @@ class StateStore:
             name = names.get(record.root, record.root.hex()[:8])
             by_model[name] = by_model.get(name, 0) + 1
         file_bytes = (self.path / "data.mdb").stat().st_blocks * 512
-        return StoreStats(documents, preambles, tokens, file_bytes, by_model)
+        layouts = {m.name: f"{m.layout}; {m.reason}" for m in self.models().values() if m.layout}
+        return StoreStats(documents, preambles, tokens, file_bytes, by_model, layouts)
 
     def close(self) -> None:
         """Sync and close. Closing twice does nothing."""

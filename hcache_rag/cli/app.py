@@ -199,6 +199,8 @@ def stats(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> No
     table.add_row("bytes on disk", _size(result["file_bytes"]))
     for name, count in result["models"].items():
         table.add_row(Text(f"documents of {name}"), f"{count:,}")
+    for name, layout in result["layouts"].items():
+        table.add_row(Text(f"states of {name} keep"), Text(layout))
     _out.print(table)
 
 
