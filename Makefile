@@ -9,6 +9,10 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
+DOCUMENTED := $(addprefix hcache_rag.,engine store generation streaming provenance errors bundled \
+	llama_index llama_index.llm llama_index.retriever llama_index.precompute) \
+	hcache_kernels hcache_indexers.local
+
 .PHONY: help venv demo test check bench docs clean
 
 help:
@@ -50,7 +54,7 @@ bench: $(STAMP)
 
 docs: $(STAMP)
 	@$(PIP) pdoc
-	@$(BIN)/pdoc --docformat google --output-directory site hcache_rag hcache_kernels hcache_indexers
+	@$(BIN)/pdoc --docformat google --output-directory site $(DOCUMENTED)
 	@echo "open site/index.html"
 
 clean:

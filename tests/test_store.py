@@ -731,3 +731,10 @@ sys.exit(f"damage: {damage > 0}")
     _, errors = child.communicate()
     assert child.returncode == 1, f"exit status {child.returncode}: {errors}"
     assert errors.strip() in ("refused", "damage: True")
+
+
+def test_a_model_is_remembered_with_its_layout_and_the_reason(store: StateStore) -> None:
+    """The choice of representation is stored beside the states, and shown by `stats`."""
+    store.name_model(ROOT, "SmolLM2", "30 x kv (float32)", "kv is smaller")
+    assert store.models()[ROOT].reason == "kv is smaller"
+    assert store.stats().layouts == {"SmolLM2": "30 x kv (float32); kv is smaller"}
