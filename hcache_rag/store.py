@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import threading
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +19,8 @@ from typing import Any
 
 import lmdb
 
+from hcache_rag import environment
+from hcache_rag.environment import SharedEnvironment
 from hcache_rag.errors import (
     DamagedStateError,
     MissingStateError,
@@ -28,21 +28,23 @@ from hcache_rag.errors import (
     StoreFullError,
     StoreOpenError,
 )
-from hcache_rag.state import FORMAT_VERSION, StateKey, StateRecord
-
-MAP_BYTES = 1 << 40
-"""Address space reserved for the map. The file itself grows with what is stored."""
+from hcache_rag.state import StateKey, StateRecord
 
 _CHUNK_SUFFIX = struct.Struct(">HI")
 
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """What a store holds: states by kind, bytes on disk, documents and layout of each model."""
+    """What a store holds: states by kind, bytes on disk, documents and layout of each model.
+
+    `unreadable` counts records that are damaged or of an unreleased format; they are stored again
+    when their documents are indexed again.
+    """
 
     documents: int
     preambles: int
     tokens: int
+    unreadable: int
     file_bytes: int
     models: dict[str, int]
     layouts: dict[str, str]
@@ -68,10 +70,10 @@ class StoredModel:
 class StateStore:
     """A folder of states. Use `StateStore.open`; it is a context manager."""
 
-    def __init__(self, path: Path, env: _SharedEnvironment, read_only: bool) -> None:
+    def __init__(self, path: Path, env: SharedEnvironment, read_only: bool) -> None:
         self.path = path
         self.read_only = read_only
-        self._env: _SharedEnvironment | None = env
+        self._env: SharedEnvironment | None = env
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, read_only: bool = False) -> StateStore:
@@ -99,7 +101,7 @@ class StateStore:
                 raise StoreOpenError(f"cannot create {folder}: {error.strerror}") from error
             if not os.access(folder, os.W_OK):
                 raise StoreOpenError(f"{folder} is not writable")
-        return cls(folder, _SharedEnvironment.acquire(folder, read_only), read_only)
+        return cls(folder, SharedEnvironment.acquire(folder, read_only), read_only)
 
     @property
     def store_id(self) -> str:
@@ -199,9 +201,11 @@ class StateStore:
             documents += 1
             name = names.get(record.root, record.root.hex()[:8])
             by_model[name] = by_model.get(name, 0) + 1
+        with self._read(self._shared.records) as txn:
+            unreadable = txn.stat(self._shared.records)["entries"] - documents - preambles
         file_bytes = (self.path / "data.mdb").stat().st_blocks * 512
         layouts = {m.name: f"{m.layout}; {m.reason}" for m in self.models().values() if m.layout}
-        return StoreStats(documents, preambles, tokens, file_bytes, by_model, layouts)
+        return StoreStats(documents, preambles, tokens, unreadable, file_bytes, by_model, layouts)
 
     def close(self) -> None:
         """Sync and close. Closing twice does nothing."""
@@ -221,7 +225,7 @@ class StateStore:
         self.close()
 
     @property
-    def _shared(self) -> _SharedEnvironment:
+    def _shared(self) -> SharedEnvironment:
         if self._env is None:
             raise StoreError(f"the store {self.path} is closed")
         return self._env
@@ -244,7 +248,9 @@ class StateStore:
             with self._shared.env.begin(write=True) as txn:
                 yield txn
         except lmdb.MapFullError as error:
-            raise StoreFullError(f"{self.path} has reached its {MAP_BYTES}-byte map") from error
+            raise StoreFullError(
+                f"{self.path} has reached its {environment.MAP_BYTES}-byte map"
+            ) from error
         except lmdb.Error as error:
             kind = StoreFullError if "No space left" in str(error) else StoreError
             raise kind(f"writing to {self.path} failed: {error}") from error
@@ -277,113 +283,6 @@ class StoreReader:
         if value is None:
             raise MissingStateError(key, f"layer {layer}, chunk {chunk} is not in the store")
         return memoryview(value)
-
-
-class _SharedEnvironment:
-    """One LMDB environment per path and process (LMDB forbids a second), counted by its users."""
-
-    _open: dict[Path, _SharedEnvironment] = {}  # noqa: RUF012 - the process-wide table itself
-    _lock = threading.Lock()
-
-    def __init__(self, folder: Path, read_only: bool) -> None:
-        self.folder = folder
-        self.read_only = read_only
-        self.users = 1
-        self.pid = os.getpid()
-        try:
-            # sync=False: `put` survives a killed process at once; `sync` adds the power cut.
-            self.env = lmdb.open(
-                str(folder),
-                map_size=MAP_BYTES,
-                max_dbs=8,
-                max_readers=512,
-                mode=0o600,
-                sync=read_only,
-                readonly=read_only,
-                lock=True,
-            )
-        except (lmdb.Error, OSError) as error:
-            raise StoreOpenError(f"{folder} is not a state store: {error}") from error
-        self._opened_stat = os.stat(folder / "data.mdb")
-        try:
-            self._mend_length()
-            self._open_databases()
-        except BaseException:
-            self.env.close()
-            raise
-
-    def _mend_length(self) -> None:
-        """Reading a page beyond the file's end is a SIGBUS; reading zeros is an error."""
-        needed = (self.env.info()["last_pgno"] + 1) * self.env.stat()["psize"]
-        if os.stat(self.folder / "data.mdb").st_size >= needed:
-            return
-        if self.read_only:
-            raise StoreOpenError(f"{self.folder} is not whole: its end is missing")
-        os.truncate(self.folder / "data.mdb", needed)
-
-    def _open_databases(self) -> None:
-        create = not self.read_only
-        if create:
-            with self.env.begin() as txn:
-                names = {bytes(key) for key, _ in txn.cursor()}
-            if names - {b"meta", b"records", b"chunks", b"models"}:
-                raise StoreOpenError(f"{self.folder} is not a state store: it holds other data")
-        try:
-            self.meta = self.env.open_db(b"meta", create=create)
-            self.records = self.env.open_db(b"records", create=create)
-            self.chunks = self.env.open_db(b"chunks", create=create)
-            self.models = self.env.open_db(b"models", create=create)
-            with self.env.begin(db=self.meta) as txn:
-                data = txn.get(b"store")
-            if data is None:
-                data = json.dumps({"format": FORMAT_VERSION, "id": uuid.uuid4().hex}).encode()
-                with self.env.begin(db=self.meta, write=True) as txn:
-                    txn.put(b"store", data)
-            meta = json.loads(data)
-            if not isinstance(meta, dict):
-                raise ValueError("its description is not one")
-        except (lmdb.Error, ValueError) as error:
-            raise StoreOpenError(f"{self.folder} is not a state store: {error}") from error
-        if meta.get("format") != FORMAT_VERSION:
-            raise StoreOpenError(
-                f"{self.folder} has store format {meta.get('format')}, "
-                f"this release reads format {FORMAT_VERSION}"
-            )
-        if not isinstance(meta.get("id"), str):
-            raise StoreOpenError(f"{self.folder} is not a state store: it has no id")
-        self.store_id: str = meta["id"]
-
-    @classmethod
-    def acquire(cls, folder: Path, read_only: bool) -> _SharedEnvironment:
-        with cls._lock:
-            shared = cls._open.get(folder)
-            if shared is not None and shared.pid == os.getpid() and shared._is_on_disk():
-                if shared.read_only and not read_only:
-                    raise StoreOpenError(f"{folder} is already open in this process, read-only")
-                shared.users += 1
-                return shared
-            if shared is not None and shared.pid != os.getpid():
-                shared.env.close()
-            shared = cls._open[folder] = cls(folder, read_only)
-            return shared
-
-    def _is_on_disk(self) -> bool:
-        """Whether the open environment is still the file that the path names."""
-        try:
-            return os.path.samestat(self._opened_stat, os.stat(self.folder / "data.mdb"))
-        except OSError:
-            return False
-
-    def release(self) -> None:
-        with self._lock:
-            self.users -= 1
-            if self.users or self.pid != os.getpid():
-                return
-            if self._open.get(self.folder) is self:
-                del self._open[self.folder]
-            if not self.read_only:
-                self.env.sync(True)
-            self.env.close()
 
 
 def _chunk_key(key: StateKey, layer: int, chunk: int) -> bytes:

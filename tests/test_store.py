@@ -17,7 +17,7 @@ import lmdb
 import numpy as np
 import pytest
 
-import hcache_rag.store
+import hcache_rag.environment
 from hcache_rag.errors import (
     MissingStateError,
     StoreError,
@@ -148,7 +148,7 @@ def test_a_record_that_cannot_be_read_is_as_if_it_were_not_there(store: StateSto
 
     assert store.record(damaged.key) is None
     assert [record.key for record in store.records()] == [a_record(2).key]
-    assert store.stats().documents == 1
+    assert (store.stats().documents, store.stats().unreadable) == (1, 1)
     assert damaged.key not in store
 
 
@@ -253,7 +253,7 @@ def test_a_full_store_says_so_and_keeps_what_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`StoreFullError`, nothing of the new state, the old ones whole, and room after a delete."""
-    monkeypatch.setattr(hcache_rag.store, "MAP_BYTES", 1 << 20)
+    monkeypatch.setattr(hcache_rag.environment, "MAP_BYTES", 1 << 20)
     with StateStore.open(tmp_path / "small") as small:
         small.put(a_record(1), values(1, 90_000))
         with pytest.raises(StoreFullError) as caught:
