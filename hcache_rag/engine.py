@@ -6,17 +6,17 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from hcache_rag.account import misses, provenance_of
 from hcache_rag.buffers import BufferPool
 from hcache_rag.catalogue import Catalogue, ResolvedPiece
 from hcache_rag.compose import Composition, compose
 from hcache_rag.errors import PromptTooLongError, StateError, UnsupportedModelError
-from hcache_rag.executor import RestoreTimes, open_restoring
+from hcache_rag.executor import open_restoring
 from hcache_rag.generation import GenerationOptions, decode
 from hcache_rag.indexing import PendingState, PrecomputeReport, batches, store_batch
 from hcache_rag.models import ModelAdapter, tokenizer_fingerprint
@@ -170,7 +170,7 @@ class HCacheEngine:
     def plan(self, prompt: str, *, add_bos: bool | None = None) -> Provenance:
         """What would be restored and read for a prompt, without doing it."""
         pieces = self._resolve(prompt, add_bos)
-        return _provenance(self._compose(pieces), pieces, {}, None, [])
+        return provenance_of(self._compose(pieces), pieces, {}, None, [])
 
     def generate(
         self,
@@ -296,13 +296,13 @@ class HCacheEngine:
                 emit,
                 cancelled,
             )
-        provenance = _provenance(composition, pieces, seconds, cache.times, warnings, repaired)
+        provenance = provenance_of(composition, pieces, seconds, cache.times, warnings, repaired)
         self._warn_of(pieces)
         return Generation(text, token_ids, reason, provenance)
 
     def _warn_of(self, pieces: Sequence[ResolvedPiece]) -> None:
         """Log why documents have no usable state, once for each of them."""
-        for note in _misses([p for p in pieces if p.document not in self._warned]):
+        for note in misses([p for p in pieces if p.document not in self._warned]):
             logger.warning(note)
         self._warned.update(p.document for p in pieces if p.document and p.record is None)
 
@@ -393,39 +393,3 @@ def _repair_share(fidelity: Fidelity) -> float:
     if isinstance(fidelity, bool) or not 0 <= fidelity <= 1:
         raise ValueError(f"fidelity is a share from 0 to 1, not {fidelity!r}")
     return float(fidelity)
-
-
-def _misses(pieces: Iterable[ResolvedPiece]) -> list[str]:
-    """A sentence for each cause of documents without a usable state."""
-    causes = Counter(p.miss for p in pieces if p.document is not None and p.miss is not None)
-    return [f"{count} document(s) read afresh: {cause}" for cause, count in causes.items()]
-
-
-def _provenance(
-    composition: Composition,
-    pieces: Sequence[ResolvedPiece],
-    seconds: dict[str, float],
-    times: RestoreTimes | None,
-    warnings: Sequence[str],
-    repaired: int = 0,
-) -> Provenance:
-    missed = [p for p in pieces if p.document is not None and p.record is None]
-    spent = dict(seconds)
-    if times is not None:
-        spent.update(
-            reading=times.reading_s, waiting=times.waiting_s, projecting=times.projecting_s
-        )
-    exact, num_restored = composition.num_exact, composition.num_restored
-    return Provenance(
-        prompt_tokens=len(composition.token_ids),
-        exact_tokens=exact,
-        relocated_tokens=num_restored - exact - repaired,
-        repaired_tokens=repaired,
-        fresh_tokens=len(composition.fresh_positions),
-        missed_tokens=sum(len(p.token_ids) for p in missed),
-        documents_restored=sum(not span.record.is_preamble for span in composition.spans),
-        documents_missed=len(missed),
-        bytes_read=times.bytes_read if times is not None else 0,
-        seconds=spent,
-        warnings=(*warnings, *_misses(missed)),
-    )

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hcache_kernels import reference
 from hcache_rag.compose import Composition
 from hcache_rag.executor import RestoringCache
 from hcache_rag.models import ModelAdapter, outputs_of
@@ -82,16 +83,10 @@ def last_row_scores(adapter: ModelAdapter, cache: RestoringCache) -> npt.NDArray
     spec = adapter.spec
     total = torch.zeros(cache.num_restored, device=adapter.device)
     for layer, query in enumerate(queries):
-        rows = _rotate(query.view(spec.num_heads, spec.head_dim), cos, sin)
+        rows = reference.rope(query.view(spec.num_heads, spec.head_dim), cos, sin)
         keys = cache.buffers.keys[layer, 0, :, : len(cache.position_of_slot)]
         grouped = rows.view(spec.num_kv_heads, -1, spec.head_dim)
         logits = (grouped @ keys.transpose(1, 2)).float() * spec.head_dim**-0.5
         total += logits.softmax(-1).sum((0, 1))[: cache.num_restored]
     scores: npt.NDArray[np.float32] = total.cpu().numpy()
     return scores
-
-
-def _rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = rows.shape[-1] // 2
-    turned = torch.cat((-rows[..., half:], rows[..., :half]), dim=-1)
-    return rows * cos + turned * sin
