@@ -5,16 +5,18 @@ A value is a 48-byte header and a payload:
     magic "HCS1" | version u16 | representation u8 | dtype u8 | layer u16 | tokens u16 |
     chunk u32 | heads u32 | width u32 | payload bytes u64 | xxh3_64 u64 | zeros
 
-little-endian. The payload of `kv` is K then V, each (G, t, D); of `hidden`, the rows (t, E) and
-then their float32 row scales (t,). The checksum covers the state's key, the header and the
-payload, so that a value that is whole but in the wrong place is found out too. LMDB 0.9 places
-large values 16 bytes into a page: after the header the payload starts on a 64-byte boundary.
+little-endian. The payload is the arrays that `LayerFormat.parts` names, one after another, each
+padded with zeros to four bytes. The checksum covers the state's key, the header and the payload,
+so that a value that is whole but in the wrong place is found out too. LMDB 0.9 places large
+values 16 bytes into a page: after the header the payload starts on a 64-byte boundary.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,65 +24,56 @@ import numpy.typing as npt
 import xxhash
 
 from hcache_rag.errors import DamagedStateError
-from hcache_rag.layout import ROW_SCALE_BYTES, LayerFormat, Representation
-from hcache_rag.spec import DTYPE_BYTES, ModelSpec
+from hcache_rag.layout import HEADER_BYTES, LayerFormat, Part, Representation
+from hcache_rag.spec import ModelSpec
 from hcache_rag.state import FORMAT_VERSION, StateKey
 
-HEADER_BYTES = 48
 _MAGIC = b"HCS1"
 _FIELDS = struct.Struct("<4sHBBHHIIIQ")
 _CHECKSUM = struct.Struct("<Q")
 _REPRESENTATION_CODE = {Representation.HIDDEN: 1, Representation.KV: 2}
-_DTYPE_CODE = {"float32": 1, "bfloat16": 2, "float16": 3}
+_DTYPE_CODE = {
+    "float32": 1,
+    "bfloat16": 2,
+    "float16": 3,
+    "int8": 4,
+    "int8-g64": 5,
+    "int8-smooth": 6,
+}
 
 Words = npt.NDArray[Any]
-"""Bit patterns of the elements: uint32 or uint16, because numpy has no bfloat16."""
+"""An array as it is stored: elements of four and two bytes as bit patterns in uint32 and uint16,
+because numpy has no bfloat16; quantised elements as int8; scales as float32."""
 
 
-def word_dtype(dtype: str) -> npt.DTypeLike:
-    """The unsigned integer that holds one element of `dtype`."""
-    return np.dtype(np.uint32 if DTYPE_BYTES[dtype] == 4 else np.uint16)
+def word_dtype(part: Part) -> npt.DTypeLike:
+    """The numpy dtype that a part is seen as."""
+    if part.name.endswith("_scales"):
+        return np.dtype(np.float32)
+    return np.dtype({1: np.int8, 2: np.uint16, 4: np.uint32}[part.element_bytes])
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkShape:
-    """What one chunk holds: `tokens` tokens of one layer in one format."""
+    """What one chunk holds: `tokens` tokens of one layer of `spec` in one format."""
 
     fmt: LayerFormat
     tokens: int
-    heads: int
-    width: int
-
-    @classmethod
-    def of(cls, fmt: LayerFormat, tokens: int, spec: ModelSpec) -> ChunkShape:
-        """The shape of a chunk of `tokens` tokens of a layer kept as `fmt`."""
-        if fmt.representation is Representation.HIDDEN:
-            return cls(fmt, tokens, 0, spec.hidden_size)
-        return cls(fmt, tokens, spec.num_kv_heads, spec.head_dim)
+    spec: ModelSpec
 
     @property
     def payload_bytes(self) -> int:
         """Bytes after the header."""
-        element_bytes = DTYPE_BYTES[self.fmt.dtype]
-        if self.fmt.representation is Representation.HIDDEN:
-            return self.tokens * (self.width * element_bytes + ROW_SCALE_BYTES)
-        return 2 * self.heads * self.tokens * self.width * element_bytes
+        return _payload_bytes(self)
 
-    def arrays(self, payload: memoryview | bytearray) -> tuple[Words, Words]:
-        """Views of a payload: (K, V), each (G, t, D), or (rows (t, E), row scales (t,))."""
-        word = word_dtype(self.fmt.dtype)
-        if self.fmt.representation is Representation.HIDDEN:
-            count = self.tokens * self.width
-            rows = np.frombuffer(payload, word, count).reshape(self.tokens, self.width)
-            scales = np.frombuffer(payload, np.float32, self.tokens, rows.nbytes)
-            return rows, scales
-        count = self.heads * self.tokens * self.width
-        shape = (self.heads, self.tokens, self.width)
-        keys = np.frombuffer(payload, word, count).reshape(shape)
-        values = np.frombuffer(payload, word, count, keys.nbytes).reshape(shape)
-        return keys, values
+    def arrays(self, payload: memoryview | bytearray) -> tuple[Words, ...]:
+        """Views of a payload, one for each of `LayerFormat.parts`."""
+        return tuple(
+            np.ndarray(shape, dtype, payload, begin) for shape, dtype, begin in _places(self)
+        )
 
     def _header(self, layer: int, chunk: int) -> bytes:
+        is_hidden = self.fmt.representation is Representation.HIDDEN
         return _FIELDS.pack(
             _MAGIC,
             FORMAT_VERSION,
@@ -89,23 +82,38 @@ class ChunkShape:
             layer,
             self.tokens,
             chunk,
-            self.heads,
-            self.width,
+            0 if is_hidden else self.spec.num_kv_heads,
+            self.spec.hidden_size if is_hidden else self.spec.head_dim,
             self.payload_bytes,
         )
 
 
+@lru_cache(maxsize=4096)
+def _places(shape: ChunkShape) -> tuple[tuple[tuple[int, ...], npt.DTypeLike, int], ...]:
+    """Shape, dtype and first byte of every part in the payload."""
+    places, begin = [], 0
+    for part in shape.fmt.parts(shape.spec, shape.tokens):
+        places.append((part.shape, word_dtype(part), begin))
+        begin += part.num_bytes
+    return tuple(places)
+
+
+@lru_cache(maxsize=4096)
+def _payload_bytes(shape: ChunkShape) -> int:
+    return shape.fmt.num_bytes(shape.spec, shape.tokens)
+
+
 def encode(
-    shape: ChunkShape, key: StateKey, layer: int, chunk: int, first: Words, second: Words
+    shape: ChunkShape, key: StateKey, layer: int, chunk: int, arrays: Sequence[Words]
 ) -> bytearray:
-    """Write one chunk: `first` and `second` are what `ChunkShape.arrays` names.
+    """Write one chunk from the arrays that `LayerFormat.parts` names.
 
     Raises:
         ValueError: an array's shape is not the chunk's.
     """
     value = bytearray(HEADER_BYTES + shape.payload_bytes)
     payload = memoryview(value)[HEADER_BYTES:]
-    for target, source in zip(shape.arrays(payload), (first, second), strict=True):
+    for target, source in zip(shape.arrays(payload), arrays, strict=True):
         if target.shape != source.shape:
             raise ValueError(f"chunk array of shape {source.shape}, expected {target.shape}")
         np.copyto(target, source, casting="no")
@@ -117,7 +125,7 @@ def encode(
 
 def decode(
     shape: ChunkShape, key: StateKey, layer: int, chunk: int, value: memoryview
-) -> tuple[Words, Words]:
+) -> tuple[Words, ...]:
     """Verify one stored value and return views of its arrays (see `ChunkShape.arrays`).
 
     The views are valid only as long as `value` is.

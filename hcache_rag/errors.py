@@ -5,6 +5,7 @@
     │   ├── ModelNotFoundError       a path or name that holds no model
     │   └── UnsupportedModelError    a model family (or feature) that cannot be restored
     ├── PromptTooLongError           more tokens than the model's window (also a ValueError)
+    ├── ProfileError                 a hardware profile that cannot be read, written or found
     ├── SourceError                  a folder of documents that cannot be indexed
     ├── StoreError
     │   ├── StoreOpenError           the path cannot hold, or does not hold, a state store
@@ -52,6 +53,10 @@ class PromptTooLongError(HCacheError, ValueError):
             f"the prompt has {prompt_tokens} tokens and {max_new_tokens} more were asked for, "
             f"but the model's window is {window_tokens} tokens"
         )
+
+
+class ProfileError(HCacheError):
+    """A hardware profile cannot be read, written or found."""
 
 
 class SourceError(HCacheError):

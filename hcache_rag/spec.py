@@ -21,6 +21,8 @@ class ModelSpec:
         head_dim: width of one head, `D`.
         window_tokens: the longest sequence that the model attends to in full.
         dtype: the dtype of weights and states, one of `DTYPE_BYTES`.
+        mlp_size: width between the MLP's matrices; 0 where it is not known.
+        mlp_matrices: 3 with a gate (SwiGLU), 2 without.
     """
 
     name: str
@@ -32,6 +34,8 @@ class ModelSpec:
     head_dim: int
     window_tokens: int
     dtype: str
+    mlp_size: int = 0
+    mlp_matrices: int = 3
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BYTES:
@@ -50,3 +54,24 @@ class ModelSpec:
     def dtype_bytes(self) -> int:
         """Bytes of one element."""
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def query_width(self) -> int:
+        """Elements of Q of one token in one layer, `H * D`."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def projection_flops(self) -> int:
+        """Floating-point operations of one token's way from a layer's input to K and V."""
+        return 4 * self.hidden_size * self.kv_width
+
+    @property
+    def layer_flops(self) -> int:
+        """Operations of one token in one layer, without attention: Q, K, V, O and the MLP."""
+        attention = 4 * self.hidden_size * self.query_width + self.projection_flops
+        return attention + 2 * self.mlp_matrices * self.hidden_size * self.mlp_size
+
+    @property
+    def attention_flops(self) -> int:
+        """Operations of one token attending to one token in one layer: Q times K, P times V."""
+        return 4 * self.query_width

@@ -116,6 +116,8 @@ class StateRecord:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"a record lacks or mistypes a field: {error!r}") from error
+        if not isinstance(record.text, str) or len(record.root) != KEY_BYTES:
+            raise ValueError("a record's text or root is not one")
         if child_key(record.parent, record.token_ids) != key:
             raise ValueError("the key is not that of the parent and token ids")
         return record

@@ -247,7 +247,7 @@ def restore(engine: HCacheEngine, prompt: str) -> tuple[Composition, Reading]:
             buffers,
             engine.store,
             reference_mode=engine.reference_mode,
-        ) as cache,
+        ) as (cache, _),
     ):
         logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
         pairs = [cache.by_position(layer) for layer in range(engine.adapter.spec.num_layers)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -13,7 +13,20 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
-from hcache_kernels import fold_projection, project_kv, reference, rope_into, row_scale
+from hcache_kernels import (
+    dequantise_keys_into,
+    dequantise_rows_into,
+    dequantise_values_into,
+    fold_projection,
+    project_kv,
+    quantise_keys,
+    quantise_rows,
+    quantise_rows_smoothly,
+    quantise_values,
+    reference,
+    rope_into,
+    row_scale,
+)
 
 EPS = 1e-6
 CANARY = 12345.0
@@ -421,3 +434,348 @@ def largest(error: Tensor) -> float:
     The largest of all is one number out of a long tail, and differs by half from run to run.
     """
     return error.abs().amax((0, 2)).mean().item()
+
+
+# --- eight-bit integers -------------------------------------------------------------------------
+
+GROUP = 64
+Quantised = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to quantise: the function, its inputs' shapes, and what shares a scale.
+
+    Args:
+        quantise: the function under test.
+        shape: of the input for T tokens.
+        spread: scales to the input's shape, in float64.
+    """
+
+    label: str
+    quantise: Callable[[Tensor], Quantised]
+    shape: Callable[[int], tuple[int, ...]]
+    spread: Callable[[Tensor, int], Tensor]
+
+
+def _row_ways(width: int) -> list[Way]:
+    def spread_groups(scales: Tensor, _: int) -> Tensor:
+        return torch.stack([scales[:, channel // GROUP] for channel in range(width)], dim=-1)
+
+    return [
+        Way(
+            f"rows-of-{width}",
+            quantise_rows,
+            lambda tokens: (tokens, width),
+            lambda scales, _: scales[:, None].expand(-1, width),
+        ),
+        Way(
+            f"rows-of-{width}-in-groups",
+            lambda rows: quantise_rows(rows, GROUP),
+            lambda tokens: (tokens, width),
+            spread_groups,
+        ),
+    ]
+
+
+WAYS = [
+    *[way for width in (60, 64, 72, 100, 129) for way in _row_ways(width)],
+    Way(
+        "keys",
+        quantise_keys,
+        lambda tokens: (3, tokens, 12),
+        lambda scales, tokens: scales[:, None, :].expand(-1, tokens, -1),
+    ),
+    Way(
+        "values",
+        quantise_values,
+        lambda tokens: (3, tokens, 12),
+        lambda scales, _: scales[:, :, None].expand(-1, -1, 12),
+    ),
+]
+FLOATS = [*DTYPES, torch.float16]
+NEAREST = 0.5 + 1e-5
+"""Half a step, and what float32 needs to find out which integer is nearest."""
+
+
+def states(way: Way, tokens: int, dtype: torch.dtype) -> Tensor:
+    """Something to quantise: outlier channels and outlier tokens, of both signs."""
+    shape = way.shape(tokens)
+    channels, rows = torch.exp(torch.randn(shape[-1])), torch.exp(torch.randn(tokens, 1))
+    return (torch.randn(shape) * channels * rows).to(dtype)
+
+
+@pytest.mark.parametrize("tokens", [1, 63])
+@pytest.mark.parametrize("way", WAYS, ids=name)
+@pytest.mark.parametrize("dtype", FLOATS, ids=name)
+def test_quantising_is_off_by_half_a_step_at_most(
+    dtype: torch.dtype, way: Way, tokens: int
+) -> None:
+    """Against float64, everywhere; the input stays as it is."""
+    inputs = states(way, tokens, dtype)
+    before = inputs.clone()
+
+    integers, scales = way.quantise(inputs)
+
+    assert (integers.dtype, scales.dtype) == (torch.int8, torch.float32)
+    assert integers.shape == inputs.shape
+    steps = way.spread(scales.double(), tokens)
+    assert steps.shape == inputs.shape
+    assert ((integers.double() * steps - inputs.double()).abs() <= NEAREST * steps).all()
+    assert torch.equal(inputs, before)
+
+
+@pytest.mark.parametrize("tokens", [1, 63])
+@pytest.mark.parametrize("way", WAYS, ids=name)
+def test_scales_are_those_of_what_shares_them(way: Way, tokens: int) -> None:
+    """The largest magnitude over 127, so that the integers use all of their range, both ways."""
+    inputs = states(way, tokens, torch.float32)
+    integers, scales = way.quantise(inputs)
+    steps = way.spread(scales, tokens)
+    for scale in scales.flatten():
+        shares = steps == scale
+        largest = inputs[shares].double().abs().max()
+        assert scale.item() == pytest.approx(largest.item() / 127, rel=2**-23)
+        assert integers[shares].abs().max() == 127
+    assert integers.min() >= -127
+
+
+def test_what_shares_a_scale() -> None:
+    """Rows have one each, or one for each 64 channels; K one a channel, V one a token and head."""
+    hidden, heads = torch.randn(7, 100), torch.randn(3, 7, 12)
+    assert quantise_rows(hidden)[1].shape == (7,)
+    assert quantise_rows(hidden, GROUP)[1].shape == (7, 2)
+    assert quantise_rows(hidden, 128)[1].shape == (7, 1)
+    assert quantise_keys(heads)[1].shape == (3, 12)
+    assert quantise_values(heads)[1].shape == (3, 7)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 60), (63, 72), (63, 100), (5, 128)])
+def test_quantising_twins_agree(tokens: int, width: int) -> None:
+    """`reference.quantise` finds the same integers, but where two are as near in float32."""
+    inputs = states(_row_ways(width)[0], tokens, torch.float32)
+    integers, scales = quantise_rows(inputs)
+    steps = inputs.double() / scales.double()[:, None]
+    is_clear = ((steps.abs() % 1) - 0.5).abs() > 1e-4
+    assert is_clear.double().mean() > 0.9
+    twin = reference.quantise(inputs, scales[:, None])
+    assert torch.equal(integers[is_clear], twin[is_clear])
+    in_groups, group_scales = quantise_rows(inputs, GROUP)
+    truth = in_groups.double() * _row_ways(width)[1].spread(group_scales.double(), tokens)
+    assert torch.equal(reference.dequantise_rows(in_groups, group_scales, GROUP), truth)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=name)
+@pytest.mark.parametrize("dtype", FLOATS, ids=name)
+def test_zero_stays_zero(dtype: torch.dtype, way: Way) -> None:
+    """A token, a channel, or everything: no division by zero, and the others are as good."""
+    inputs = states(way, 9, dtype)
+    inputs[..., 3, :] = 0
+    inputs[..., 5] = 0
+    for case in (inputs, torch.zeros_like(inputs)):
+        integers, scales = way.quantise(case)
+        steps = way.spread(scales.double(), 9)
+        assert (integers[case == 0] == 0).all()
+        assert scales.isfinite().all()
+        assert (scales > 0).all()
+        assert ((integers.double() * steps - case.double()).abs() <= NEAREST * steps).all()
+
+
+@pytest.mark.parametrize("way", WAYS, ids=name)
+@pytest.mark.parametrize("dtype", FLOATS, ids=name)
+def test_multiples_of_a_step_are_kept_exactly(dtype: torch.dtype, way: Way) -> None:
+    """Integers from -127 to 127 times a power of two come back bit for bit, and the scale too."""
+    blank = torch.zeros(way.shape(130))
+    scales = 2.0 ** torch.randint(-6, 6, way.quantise(blank)[1].shape)
+    integers = torch.randint(-127, 128, blank.shape, dtype=torch.int8)
+    integers[..., 0, :] = 127
+    integers[..., 0] = -127
+    integers[..., -1] = 127
+    integers[..., GROUP % blank.shape[-1]] = 127
+    integers[..., 128 % blank.shape[-1]] = -127
+    exact = integers.double() * way.spread(scales.double(), 130)
+
+    found, found_scales = way.quantise(exact.to(dtype))
+
+    assert torch.equal(exact.to(dtype).double(), exact), "not representable: the test is wrong"
+    assert torch.equal(found_scales, scales)
+    assert torch.equal(found, integers)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=name)
+def test_quantising_reads_any_strides(way: Way) -> None:
+    """States are captured as views into larger tensors."""
+    inputs = states(way, 9, torch.bfloat16)
+    strided = torch.stack((torch.full_like(inputs, torch.nan), inputs), dim=-1)[..., 1]
+    for ours, theirs in zip(way.quantise(strided), way.quantise(inputs), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("way", WAYS, ids=name)
+@pytest.mark.parametrize("dtype", FLOATS, ids=name)
+def test_what_is_not_finite_stays_visible(dtype: torch.dtype, way: Way, value: float) -> None:
+    """Its scale is not finite either, and what shares it is lost; the others are as good."""
+    inputs = states(way, 9, dtype)
+    inputs[..., 4, 5] = value
+    before = inputs.clone()
+
+    integers, scales = way.quantise(inputs)
+
+    steps = way.spread(scales.double(), 9)
+    assert not steps[..., 4, 5].isfinite().any()
+    assert not (integers.double() * steps)[..., 4, 5].isfinite().any()
+    is_good = steps.isfinite()
+    errors = (integers.double() * steps - inputs.double()).abs()
+    assert is_good.any()
+    assert (errors <= NEAREST * steps)[is_good].all()
+    assert torch.equal(inputs.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+def smooth_steps(scales: Tensor, channels: Tensor) -> Tensor:
+    """What an integer counts at each place (T, E), in float64."""
+    return scales.double()[:, None] * channels.double()
+
+
+ROWS = _row_ways(72)[0]
+SMOOTH_NEAREST = 0.5 + 3e-5
+"""Half a step, and three roundings of up to 127 steps in float32."""
+
+
+@pytest.mark.parametrize("tokens", [1, 63])
+@pytest.mark.parametrize("width", [1, 60, 72, 129])
+@pytest.mark.parametrize("dtype", FLOATS, ids=name)
+def test_smooth_quantising_is_off_by_half_a_step_at_most(
+    dtype: torch.dtype, width: int, tokens: int
+) -> None:
+    """Against float64, everywhere; a step is a row's scale times a channel's."""
+    inputs = states(_row_ways(width)[0], tokens, dtype)
+    before = inputs.clone()
+
+    integers, scales, channels = quantise_rows_smoothly(inputs)
+
+    assert (integers.dtype, scales.dtype, channels.dtype) == (
+        torch.int8,
+        torch.float32,
+        torch.float32,
+    )
+    assert (integers.shape, scales.shape, channels.shape) == ((tokens, width), (tokens,), (width,))
+    steps = smooth_steps(scales, channels)
+    assert ((integers.double() * steps - inputs.double()).abs() <= SMOOTH_NEAREST * steps).all()
+    assert torch.equal(inputs, before)
+
+
+@pytest.mark.parametrize("tokens", [1, 63])
+def test_smooth_scales_share_the_range_evenly(tokens: int) -> None:
+    """A channel's is the root of its largest magnitude; a row then uses all of its range."""
+    inputs = states(ROWS, tokens, torch.float32)
+    integers, scales, channels = quantise_rows_smoothly(inputs)
+    roots = inputs.double().abs().amax(0).sqrt()
+    largest = (inputs.double().abs() / roots).amax(1)
+    torch.testing.assert_close(channels.double(), roots, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(scales.double(), largest / 127, rtol=1e-6, atol=0.0)
+    assert (integers.abs().amax(1) == 127).all()
+
+
+def test_smooth_quantising_keeps_small_channels_beside_large_ones() -> None:
+    """Hidden states have channels a thousand times larger than others in every token.
+
+    With one scale a row, all others would be rounded to a few steps.
+    """
+    inputs = torch.randn(63, 72)
+    inputs[:, 7] = 1000 * (1 + torch.rand(63))
+    small = torch.arange(72) != 7
+    integers, scales = quantise_rows(inputs)
+    alone = integers.double() * scales.double()[:, None]
+    integers, scales, channels = quantise_rows_smoothly(inputs)
+    together = integers.double() * smooth_steps(scales, channels)
+    errors = [rms((found - inputs.double())[:, small]) for found in (alone, together)]
+    assert errors[1] < errors[0] / 5
+    assert rms((together - inputs.double())[:, ~small]) < 0.005 * 1000
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=name)
+def test_smooth_zero_stays_zero(dtype: torch.dtype) -> None:
+    """A token, a channel, or everything: no division by zero, and the others are as good."""
+    inputs = states(ROWS, 9, dtype)
+    inputs[3] = 0
+    inputs[:, 5] = 0
+    for case in (inputs, torch.zeros_like(inputs)):
+        integers, scales, channels = quantise_rows_smoothly(case)
+        steps = smooth_steps(scales, channels)
+        assert (integers[case == 0] == 0).all()
+        assert steps.isfinite().all()
+        assert (steps > 0).all()
+        assert ((integers.double() * steps - case.double()).abs() <= SMOOTH_NEAREST * steps).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=name)
+def test_smooth_quantising_keeps_what_is_not_finite_visible(
+    dtype: torch.dtype, value: float
+) -> None:
+    """A channel's scale is shared by all rows: none of them may look whole in that channel."""
+    inputs = states(ROWS, 9, dtype)
+    inputs[4, 5] = value
+    integers, scales, channels = quantise_rows_smoothly(inputs)
+    restored = integers.double() * smooth_steps(scales, channels)
+    assert not channels[5].isfinite()
+    assert not scales[4].isfinite()
+    assert not restored[4].isfinite().any()
+    assert not restored[:, 5].isfinite().any()
+
+
+def test_smooth_quantising_reads_any_strides() -> None:
+    """States are captured as views into larger tensors."""
+    inputs = states(ROWS, 9, torch.bfloat16)
+    strided = torch.stack((torch.full_like(inputs, torch.nan), inputs), dim=-1)[..., 1]
+    found = zip(quantise_rows_smoothly(strided), quantise_rows_smoothly(inputs), strict=True)
+    for ours, theirs in found:
+        assert torch.equal(ours, theirs)
+
+
+def assert_dequantised(out: Tensor, buffer: Tensor, exact: Tensor) -> None:
+    """`out` is the float64 product, rounded to float32 and to its dtype; its surroundings stay."""
+    assert torch.equal(out, exact.float().to(out.dtype))
+    assert_canaries(out, buffer)
+
+
+@pytest.mark.parametrize("where", LAYOUTS)
+@pytest.mark.parametrize("tokens", [1, 63])
+@pytest.mark.parametrize("width", [1, 60, 64, 72, 100, 128])
+@pytest.mark.parametrize("dtype", FLOATS, ids=name)
+def test_dequantised_rows_are_float64_rounded(
+    dtype: torch.dtype, width: int, tokens: int, where: str
+) -> None:
+    """Whole groups and the rest, in any output layout, and only there; more was stored behind."""
+    stored = states(_row_ways(width)[1], tokens + 2, torch.float32)
+    integers, scales = (part[:tokens] for part in quantise_rows(stored, GROUP))
+    heads, buffer = padded((1, tokens, width), dtype, where)
+
+    dequantise_rows_into(integers, scales, GROUP, heads[0])
+
+    spread = _row_ways(width)[1].spread(scales.double(), tokens)
+    assert_dequantised(heads, buffer, (integers.double() * spread)[None])
+
+
+@pytest.mark.parametrize("where", LAYOUTS)
+@pytest.mark.parametrize("tokens", [1, 63])
+@pytest.mark.parametrize("heads", HEADS, ids=name)
+@pytest.mark.parametrize("dtype", FLOATS, ids=name)
+def test_dequantised_keys_and_values_are_float64_rounded(
+    dtype: torch.dtype, heads: Heads, tokens: int, where: str
+) -> None:
+    """In any output layout, and only there; of a chunk, the first tokens may be all one needs."""
+    shape = (heads.kv_heads, tokens, heads.head_dim)
+    stored = torch.randn(heads.kv_heads, tokens + 2, heads.head_dim)
+
+    integers, scales = quantise_keys(stored)
+    integers = integers[:, :tokens]
+    keys, buffer = padded(shape, dtype, where)
+    dequantise_keys_into(integers, scales, keys)
+    assert_dequantised(keys, buffer, integers.double() * scales.double()[:, None, :])
+
+    integers, scales = (part[:, :tokens] for part in quantise_values(stored))
+    values, buffer = padded(shape, dtype, where)
+    dequantise_values_into(integers, scales, values)
+    assert_dequantised(values, buffer, integers.double() * scales.double()[:, :, None])

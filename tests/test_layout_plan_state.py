@@ -1,4 +1,4 @@
-"""What a state keeps, why, and what is known about it: spec, layout, plan, state, errors."""
+"""What a state keeps and what is known about it: spec, layout, keys, records, errors."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import re
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import SHAPES, Shape, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
 
 from hcache_rag import errors
-from hcache_rag.layout import LayerFormat, Representation, StateLayout
-from hcache_rag.plan import choose_layout
+from hcache_rag.layout import STORAGE_DTYPES, VALUE_BYTES, LayerFormat, Representation, StateLayout
 from hcache_rag.spec import ModelSpec
 from hcache_rag.state import FORMAT_VERSION, StateRecord, TokenIds, child_key, root_key, token_array
 
-HIDDEN, KV = Representation.HIDDEN, Representation.KV
+HIDDEN, KV, NONE = Representation.HIDDEN, Representation.KV, Representation.NONE
 SPEC = ModelSpec(
     name="toy",
     family="llama",
@@ -40,11 +43,54 @@ SPEC = ModelSpec(
 
 def test_spec_knows_its_widths() -> None:
     assert SPEC.kv_width == 32
+    assert SPEC.query_width == 64
     assert [replace(SPEC, dtype=d).dtype_bytes for d in ("float32", "bfloat16", "float16")] == [
         4,
         2,
         2,
     ]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_spec_counts_the_operations_of_a_forward_pass(shape: Shape) -> None:
+    """Per token and layer, as torch counts them; attention per pair of tokens."""
+    spec = ModelSpec(
+        shape.label,
+        shape.family,
+        shape.layers,
+        shape.hidden_size,
+        shape.heads,
+        shape.kv_heads,
+        shape.head_dim,
+        window_tokens=4096,
+        dtype="float32",
+        mlp_size=2 * shape.hidden_size,
+    )
+    tokens = 5
+    model: Any = tiny_model(shape, attention="eager")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.model(input_ids=torch.arange(tokens)[None])
+
+    counts = counter.get_flop_counts()
+
+    def counted(part: str) -> int:
+        """Operations of one layer's part."""
+        (of_part,) = (c for name, c in counts.items() if name.endswith(f"layers.1{part}"))
+        return sum(of_part.values())
+
+    attention_flops = spec.attention_flops * tokens**2
+    assert counted("") == spec.layer_flops * tokens + attention_flops
+    of_linear_layers = sum(counted(f".self_attn.{name}_proj") for name in "qkvo")
+    assert counted(".self_attn") == of_linear_layers + attention_flops
+    of_k_and_v = sum(counted(f".self_attn.{name}_proj") for name in "kv")
+    assert of_k_and_v == spec.projection_flops * tokens
+
+
+def test_spec_of_an_mlp_without_a_gate() -> None:
+    """Two matrices instead of three."""
+    spec = replace(SPEC, mlp_size=256)
+    assert spec.layer_flops - replace(spec, mlp_matrices=2).layer_flops == 2 * 64 * 256
+    assert replace(spec, mlp_matrices=2).layer_flops - SPEC.layer_flops == 2 * 2 * 64 * 256
 
 
 def test_spec_refuses_an_unknown_dtype() -> None:
@@ -59,67 +105,316 @@ def test_spec_refuses_heads_that_do_not_divide() -> None:
 
 # --- layout -------------------------------------------------------------------------------------
 
+FORMATS = [LayerFormat(kind, dtype) for kind, dtypes in STORAGE_DTYPES.items() for dtype in dtypes]
+KV_FLOAT, HIDDEN_FLOAT = LayerFormat(KV, "float32"), LayerFormat(HIDDEN, "float32")
+NOTHING = LayerFormat(NONE)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_formats_say_whether_they_are_integers(fmt: LayerFormat) -> None:
+    assert fmt.is_quantised == ("int8" in fmt.dtype)
+
 
 @pytest.mark.parametrize(
-    ("representation", "dtype", "expected"),
+    ("representation", "dtype"),
     [
-        (HIDDEN, "float32", 64 * 4 + 4),
-        (HIDDEN, "bfloat16", 64 * 2 + 4),
-        (HIDDEN, "float16", 64 * 2 + 4),
-        (KV, "float32", 2 * 32 * 4),
-        (KV, "bfloat16", 2 * 32 * 2),
-        (KV, "float16", 2 * 32 * 2),
+        (HIDDEN, "float64"),
+        (HIDDEN, "int4"),
+        (HIDDEN, ""),
+        (HIDDEN, "int8-g32"),
+        (KV, ""),
+        (KV, "int8-g64"),
+        (NONE, "float32"),
+        (NONE, "int8"),
+    ],
+    ids=lambda value: str(value) or "no-dtype",
+)
+def test_what_a_representation_cannot_be_stored_as_is_refused(
+    representation: Representation, dtype: str
+) -> None:
+    """Naming both, and what is known: groups for hidden states only, no dtype for nothing."""
+    known = re.escape(repr(STORAGE_DTYPES[representation][-1]))
+    with pytest.raises(ValueError, match=f"^{representation} .* as {dtype!r}; known: .*{known}$"):
+        LayerFormat(representation, dtype)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "expected"),
+    [
+        (LayerFormat(HIDDEN, "float32"), [("rows", 4, (7, 100)), ("row_scales", 4, (7,))]),
+        (LayerFormat(HIDDEN, "bfloat16"), [("rows", 2, (7, 100)), ("row_scales", 4, (7,))]),
+        (
+            LayerFormat(HIDDEN, "int8"),
+            [("rows", 1, (7, 100)), ("row_scales", 4, (7,)), ("quant_scales", 4, (7,))],
+        ),
+        (
+            LayerFormat(HIDDEN, "int8-g64"),
+            [("rows", 1, (7, 100)), ("row_scales", 4, (7,)), ("quant_scales", 4, (7, 2))],
+        ),
+        (
+            LayerFormat(HIDDEN, "int8-smooth"),
+            [
+                ("rows", 1, (7, 100)),
+                ("row_scales", 4, (7,)),
+                ("quant_scales", 4, (7,)),
+                ("channel_scales", 4, (100,)),
+            ],
+        ),
+        (LayerFormat(KV, "float16"), [("keys", 2, (4, 7, 8)), ("values", 2, (4, 7, 8))]),
+        (
+            LayerFormat(KV, "int8"),
+            [
+                ("keys", 1, (4, 7, 8)),
+                ("values", 1, (4, 7, 8)),
+                ("key_scales", 4, (4, 8)),
+                ("value_scales", 4, (4, 7)),
+            ],
+        ),
+        (LayerFormat(NONE), []),
     ],
     ids=str,
 )
-def test_bytes_per_token_of_a_layer(
-    representation: Representation, dtype: str, expected: int
+def test_the_parts_of_a_chunk(
+    fmt: LayerFormat, expected: list[tuple[str, int, tuple[int, ...]]]
 ) -> None:
-    """Hidden rows carry a float32 row scale; K and V carry nothing."""
-    assert LayerFormat(representation, dtype).bytes_per_token(SPEC) == expected
-
-
-def test_bytes_per_token_of_a_layout_is_the_sum_of_its_layers() -> None:
-    layout = StateLayout.of([HIDDEN, KV, KV], "float16")
-    assert layout.bytes_per_token(SPEC) == (128 + 4) + 128 + 128
+    """Names, bytes of an element and shapes, in the order of the disk; here of 7 tokens."""
+    assert [tuple(part) for part in fmt.parts(replace(SPEC, hidden_size=100), 7)] == expected
 
 
 @pytest.mark.parametrize(
-    ("tokens", "chunks"), [(0, 0), (1, 1), (63, 1), (64, 1), (65, 2), (128, 2), (129, 3)]
+    ("hidden_size", "groups"), [(1, 1), (63, 1), (64, 1), (65, 2), (72, 2), (128, 2), (129, 3)]
 )
-def test_num_chunks_rounds_up(tokens: int, chunks: int) -> None:
-    assert StateLayout.of([KV], "float32").num_chunks(tokens) == chunks
+def test_the_last_group_of_channels_may_be_smaller(hidden_size: int, groups: int) -> None:
+    spec = replace(SPEC, hidden_size=hidden_size)
+    scales = LayerFormat(HIDDEN, "int8-g64").parts(spec, 5)[-1]
+    assert (scales.name, scales.shape) == ("quant_scales", (5, groups))
+
+
+@pytest.mark.parametrize(
+    ("fmt", "expected"),
+    [
+        (LayerFormat(HIDDEN, "float32"), {1: 260, 63: 16_380, 64: 16_640}),
+        (LayerFormat(HIDDEN, "bfloat16"), {1: 132, 63: 8_316, 64: 8_448}),
+        (LayerFormat(HIDDEN, "float16"), {1: 132, 63: 8_316, 64: 8_448}),
+        (LayerFormat(HIDDEN, "int8"), {1: 72, 63: 4_536, 64: 4_608}),
+        (LayerFormat(HIDDEN, "int8-g64"), {1: 72, 63: 4_536, 64: 4_608}),
+        (LayerFormat(HIDDEN, "int8-smooth"), {1: 72 + 256, 63: 4_536 + 256, 64: 4_608 + 256}),
+        (LayerFormat(KV, "float32"), {1: 256, 63: 16_128, 64: 16_384}),
+        (LayerFormat(KV, "bfloat16"), {1: 128, 63: 8_064, 64: 8_192}),
+        (LayerFormat(KV, "float16"), {1: 128, 63: 8_064, 64: 8_192}),
+        (LayerFormat(KV, "int8"), {1: 64 + 128 + 16, 63: 4_032 + 128 + 1_008, 64: 5_248}),
+        (LayerFormat(NONE), {1: 0, 63: 0, 64: 0}),
+    ],
+    ids=str,
+)
+def test_bytes_of_a_chunk(fmt: LayerFormat, expected: dict[int, int]) -> None:
+    """Row scales and quantising scales count; a stored value has a header too, nothing has none."""
+    assert {tokens: fmt.num_bytes(SPEC, tokens) for tokens in expected} == expected
+    assert {tokens: fmt.value_bytes(SPEC, tokens) for tokens in expected} == {
+        tokens: payload and payload + 48 for tokens, payload in expected.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("fmt", "expected"),
+    [
+        (LayerFormat(HIDDEN, "bfloat16"), 132 + 4),
+        (LayerFormat(HIDDEN, "int8"), 68 + 4 + 4),
+        (LayerFormat(HIDDEN, "int8-g64"), 68 + 4 + 8),
+        (LayerFormat(HIDDEN, "int8-smooth"), 68 + 4 + 4 + 260),
+        (LayerFormat(KV, "bfloat16"), 20 + 20),
+        (LayerFormat(KV, "int8"), 12 + 12 + 36 + 4),
+    ],
+    ids=str,
+)
+def test_every_part_begins_on_four_bytes(fmt: LayerFormat, expected: int) -> None:
+    """65 channels, or one head of 9, of one token: each array is filled up."""
+    spec = replace(SPEC, hidden_size=65, num_kv_heads=1, head_dim=9)
+    assert fmt.num_bytes(spec, 1) == expected
+
+
+def test_bytes_per_token_of_a_layout_is_that_of_full_chunks() -> None:
+    """Summed over the layers: scales of channels are spread over a chunk's tokens."""
+    formats = (NOTHING, LayerFormat(HIDDEN, "float16"), LayerFormat(KV, "int8"), KV_FLOAT)
+    assert StateLayout(formats, 64).bytes_per_token(SPEC) == 132 + (64 + 2 + 16) + 256
+    assert StateLayout(formats, 128).bytes_per_token(SPEC) == 132 + (64 + 1 + 16) + 256
+    assert StateLayout((NOTHING, KV_FLOAT, KV_FLOAT, KV_FLOAT)).bytes_per_token(SPEC) == 3 * 256
+    assert StateLayout((NOTHING,)).bytes_per_token(SPEC) == 0
+
+
+@pytest.mark.parametrize(
+    ("chunk_tokens", "chunks_of"),
+    [
+        (64, {0: 0, 1: 1, 63: 1, 64: 1, 65: 2, 128: 2, 129: 3}),
+        (192, {0: 0, 1: 1, 64: 1, 192: 1, 193: 2, 384: 2, 385: 3}),
+    ],
+)
+def test_num_chunks_rounds_up(chunk_tokens: int, chunks_of: dict[int, int]) -> None:
+    layout = StateLayout((KV_FLOAT,), chunk_tokens)
+    assert {tokens: layout.num_chunks(tokens) for tokens in chunks_of} == chunks_of
+
+
+@pytest.mark.parametrize(
+    ("bytes_per_token", "expected"),
+    [
+        pytest.param(8, 1024, id="tiny"),
+        pytest.param(512, 1024, id="as-large-as-wished-at-most-tokens"),
+        pytest.param(520, 960, id="just-over"),
+        pytest.param(1024, 512, id="half"),
+        pytest.param(2048, 256, id="quarter"),
+        pytest.param(2736, 128, id="rounded-down"),
+        pytest.param(8192, 64, id="as-large-as-wished-at-fewest-tokens"),
+        pytest.param(65_536, 64, id="huge"),
+    ],
+)
+def test_chunks_hold_about_half_a_mebibyte(bytes_per_token: int, expected: int) -> None:
+    """A multiple of 64 tokens, from 64 to 1024."""
+    spec = replace(SPEC, num_heads=1, num_kv_heads=1, head_dim=bytes_per_token // 8)
+    assert StateLayout.of(spec, [KV_FLOAT]).chunk_tokens == expected
+
+
+def test_chunks_are_as_large_as_the_largest_layer_allows() -> None:
+    """Wherever it stands; layers that keep nothing have no say."""
+    spec = replace(SPEC, hidden_size=1024)  # 4,100 bytes a token: 127 of them, rounded down
+    large, small = HIDDEN_FLOAT, KV_FLOAT
+    assert StateLayout.of(spec, [small]).chunk_tokens == 1024
+    for formats in ([large], [large, small], [small, large], [NOTHING, small, large]):
+        assert StateLayout.of(spec, formats).chunk_tokens == 64
+    assert StateLayout.of(spec, [NOTHING, small]).chunk_tokens == 1024
+    assert StateLayout.of(spec, [NOTHING]).chunk_tokens == 1024
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(
+    st.integers(1, 20_000),
+    st.integers(1, 64),
+    st.integers(1, 256),
+    st.lists(st.sampled_from([fmt for fmt in FORMATS if fmt != NOTHING]), min_size=1, max_size=3),
+)
+def test_any_layouts_chunks_are_as_large_as_they_may_be(
+    hidden_size: int, kv_heads: int, head_dim: int, formats: list[LayerFormat]
+) -> None:
+    """No value is much larger than half a mebibyte, and 64 tokens more would be too many.
+
+    "Much" are scales of channels, which do not grow with the tokens.
+    """
+    spec = replace(
+        SPEC,
+        hidden_size=hidden_size,
+        num_heads=kv_heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+    )
+    tokens = StateLayout.of(spec, formats).chunk_tokens
+
+    assert tokens in range(64, 1025, 64)
+    channels = 4 * max(spec.kv_width, spec.hidden_size)
+    largest = max(fmt.num_bytes(spec, tokens) for fmt in formats)
+    assert tokens == 64 or largest <= VALUE_BYTES + channels
+    next_larger = max(fmt.num_bytes(spec, tokens + 64) for fmt in formats)
+    assert tokens == 1024 or next_larger > VALUE_BYTES
+
+
+def test_a_layouts_layers_are_those_it_was_made_of() -> None:
+    formats = [NOTHING, HIDDEN_FLOAT, KV_FLOAT]
+    layout = StateLayout.of(SPEC, formats)
+    assert layout.layers == tuple(formats)
+    assert layout == StateLayout(tuple(formats), layout.chunk_tokens)
+    assert layout != StateLayout(tuple(formats), 64)
+    assert len({layout, StateLayout.of(SPEC, formats)}) == 1
+
+
+def test_runs_are_neighbouring_layers_of_one_format() -> None:
+    """A format that comes again makes a run of its own; so does another dtype."""
+    other = LayerFormat(HIDDEN, "int8")
+    layers = (HIDDEN_FLOAT, HIDDEN_FLOAT, KV_FLOAT, HIDDEN_FLOAT, other, other, other)
+    assert StateLayout(layers).runs == (
+        (HIDDEN_FLOAT, 2),
+        (KV_FLOAT, 1),
+        (HIDDEN_FLOAT, 1),
+        (other, 3),
+    )
 
 
 def test_layout_describes_itself_by_runs() -> None:
-    layout = StateLayout.of([HIDDEN, HIDDEN, KV], "bfloat16")
-    assert str(layout) == "2 x hidden (bfloat16) + 1 x kv (bfloat16)"
+    bfloat16, int8 = LayerFormat(HIDDEN, "bfloat16"), LayerFormat(KV, "int8")
+    layout = StateLayout((NOTHING, bfloat16, bfloat16, int8))
+    assert str(layout) == "1 x none + 2 x hidden (bfloat16) + 1 x kv (int8)"
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_first_layers_may_keep_nothing(count: int) -> None:
+    """All of them, too: then the state is no more than its tokens."""
+    layers = (NOTHING,) * count + (KV_FLOAT,) * (3 - count)
+    assert StateLayout(layers).num_none == count
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        pytest.param((KV_FLOAT, NOTHING), id="last"),
+        pytest.param((HIDDEN_FLOAT, NOTHING, KV_FLOAT), id="between"),
+        pytest.param((NOTHING, KV_FLOAT, NOTHING), id="first-and-last"),
+    ],
+)
+def test_only_first_layers_may_keep_nothing(layers: tuple[LayerFormat, ...]) -> None:
+    """A layer cannot be computed from the tokens without all layers below it."""
+    with pytest.raises(ValueError, match=r"only first layers .*1 x none"):
+        StateLayout(layers)
+    with pytest.raises(ValueError, match="only first layers"):
+        StateLayout.of(SPEC, layers)
 
 
 def test_layout_refuses_no_layers() -> None:
     with pytest.raises(ValueError, match="at least one layer"):
         StateLayout(())
+    with pytest.raises(ValueError, match="at least one layer"):
+        StateLayout.of(SPEC, [])
 
 
-@pytest.mark.parametrize("chunk_tokens", [0, -64])
-def test_layout_refuses_empty_chunks(chunk_tokens: int) -> None:
-    with pytest.raises(ValueError, match=str(chunk_tokens)):
-        StateLayout((LayerFormat(KV, "float32"),), chunk_tokens)
+@pytest.mark.parametrize("chunk_tokens", [0, -64, 65_536, 1 << 20])
+def test_layout_refuses_chunks_that_are_empty_or_too_large(chunk_tokens: int) -> None:
+    """A stored value's header has 16 bits for the number of its tokens."""
+    with pytest.raises(ValueError, match=f"from 1 to 65535, not {chunk_tokens}"):
+        StateLayout((KV_FLOAT,), chunk_tokens)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 65_535])
+def test_layout_takes_the_smallest_and_the_largest_chunks(chunk_tokens: int) -> None:
+    layout = StateLayout((KV_FLOAT,), chunk_tokens)
+    assert layout.num_chunks(chunk_tokens) == 1
+    assert StateLayout.from_json(layout.to_json()) == layout
 
 
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param(StateLayout.of([KV], "float32"), id="one-layer"),
-        pytest.param(StateLayout.of([HIDDEN, KV, HIDDEN], "bfloat16"), id="mixed"),
+        pytest.param(StateLayout.of(SPEC, [KV_FLOAT]), id="one-layer"),
+        pytest.param(StateLayout((HIDDEN_FLOAT, KV_FLOAT, HIDDEN_FLOAT)), id="mixed"),
         pytest.param(
             StateLayout((LayerFormat(KV, "float16"), LayerFormat(HIDDEN, "float32")), 17),
             id="mixed-dtypes-odd-chunks",
         ),
+        pytest.param(StateLayout((NOTHING, NOTHING, KV_FLOAT), 1024), id="nothing-first"),
+        pytest.param(StateLayout((NOTHING,)), id="nothing-at-all"),
+        pytest.param(
+            StateLayout((LayerFormat(HIDDEN, "int8-g64"), LayerFormat(KV, "int8"))), id="integers"
+        ),
     ],
 )
 def test_layout_survives_json(layout: StateLayout) -> None:
-    assert StateLayout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
+    again = StateLayout.from_json(json.loads(json.dumps(layout.to_json())))
+    assert again == layout
+    assert again.runs == layout.runs
+
+
+def test_equal_layouts_are_read_as_one_object() -> None:
+    """Thousands of records share it, and what is computed for it."""
+    data = StateLayout((HIDDEN_FLOAT, KV_FLOAT)).to_json()
+    texts = [json.dumps(data), json.dumps(data), json.dumps({**data, "chunk_tokens": 128})]
+    first, same, other = (StateLayout.from_json(json.loads(text)) for text in texts)
+    assert first is same
+    assert (first.chunk_tokens, other.chunk_tokens) == (64, 128)
 
 
 @pytest.mark.parametrize(
@@ -129,101 +424,29 @@ def test_layout_survives_json(layout: StateLayout) -> None:
         pytest.param({"layers": [["kv", "float32"]]}, id="no-chunk-tokens"),
         pytest.param({"chunk_tokens": 64}, id="no-layers"),
         pytest.param({"chunk_tokens": "64", "layers": [["kv", "float32"]]}, id="tokens-as-text"),
+        pytest.param({"chunk_tokens": 64.0, "layers": [["kv", "float32"]]}, id="tokens-as-float"),
+        pytest.param({"chunk_tokens": True, "layers": [["kv", "float32"]]}, id="tokens-as-bool"),
         pytest.param({"chunk_tokens": 0, "layers": [["kv", "float32"]]}, id="chunks-of-nothing"),
+        pytest.param({"chunk_tokens": 65536, "layers": [["kv", "float32"]]}, id="huge-chunks"),
         pytest.param({"chunk_tokens": 64, "layers": []}, id="zero-layers"),
         pytest.param({"chunk_tokens": 64, "layers": "kv"}, id="layers-as-text"),
         pytest.param({"chunk_tokens": 64, "layers": [["qv", "float32"]]}, id="unknown-kind"),
         pytest.param({"chunk_tokens": 64, "layers": [["kv", "float33"]]}, id="unknown-dtype"),
+        pytest.param({"chunk_tokens": 64, "layers": [["kv", "int8-g64"]]}, id="dtype-of-others"),
+        pytest.param({"chunk_tokens": 64, "layers": [["none", "int8"]]}, id="dtype-of-nothing"),
+        pytest.param(
+            {"chunk_tokens": 64, "layers": [["kv", "float32"], ["none", ""]]}, id="nothing-last"
+        ),
         pytest.param({"chunk_tokens": 64, "layers": [["kv"]]}, id="no-dtype"),
         pytest.param({"chunk_tokens": 64, "layers": [["kv", "float32", 1]]}, id="too-much"),
         pytest.param({"chunk_tokens": 64, "layers": [1]}, id="a-number-for-a-layer"),
-        pytest.param({"chunk_tokens": 64, "layers": [[None, None]]}, id="nothing-for-a-layer"),
+        pytest.param({"chunk_tokens": 64, "layers": [[None, None]]}, id="null-for-a-layer"),
+        pytest.param({"chunk_tokens": 64, "layers": [[{}, []]]}, id="objects-for-a-layer"),
     ],
 )
 def test_layout_refuses_junk_with_value_error(junk: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"."):
         StateLayout.from_json(junk)
-
-
-# --- plan ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("hidden_size", "expected"),
-    [
-        pytest.param(63, HIDDEN, id="one-below"),
-        pytest.param(64, KV, id="equal"),
-        pytest.param(65, KV, id="one-above"),
-        pytest.param(16, HIDDEN, id="far-below"),
-        pytest.param(4096, KV, id="far-above"),
-    ],
-)
-def test_auto_keeps_the_smaller_form(hidden_size: int, expected: Representation) -> None:
-    """Hidden states where `E < 2 * G * D` (64 here), K and V otherwise; all layers alike."""
-    spec = replace(SPEC, hidden_size=hidden_size)
-
-    choice = choose_layout(spec)
-
-    assert choice.layout == StateLayout.of([expected] * 3, "bfloat16")
-    assert choice.reason.startswith(f"{expected}:")
-    assert str(hidden_size) in choice.reason
-    assert "64" in choice.reason
-
-
-@pytest.mark.parametrize(
-    ("name", "hidden_size", "kv_heads", "head_dim", "expected"),
-    [
-        ("Llama-2-7B", 4096, 32, 128, HIDDEN),
-        ("OPT-30B", 7168, 56, 128, HIDDEN),
-        ("Llama-3-8B", 4096, 8, 128, KV),
-        ("Qwen2.5-7B", 3584, 4, 128, KV),
-        ("SmolLM2-135M", 576, 3, 64, KV),
-    ],
-)
-def test_auto_on_known_models(
-    name: str, hidden_size: int, kv_heads: int, head_dim: int, expected: Representation
-) -> None:
-    """Multi-head models keep hidden states, grouped-query models K and V."""
-    spec = ModelSpec(
-        name, "llama", 2, hidden_size, kv_heads, kv_heads, head_dim, 4096, dtype="float16"
-    )
-    assert {fmt.representation for fmt in choose_layout(spec).layout.layers} == {expected}
-
-
-@pytest.mark.parametrize("asked", [HIDDEN, KV], ids=str)
-def test_one_representation_for_all_layers(asked: Representation) -> None:
-    choice = choose_layout(SPEC, asked.value)
-    assert choice.layout == StateLayout.of([asked] * 3, "bfloat16")
-    assert choice.reason == f"{asked.value!r} was asked for"
-
-
-def test_one_representation_per_layer() -> None:
-    choice = choose_layout(SPEC, ["hidden", "kv", "hidden"])
-    assert choice.layout == StateLayout.of([HIDDEN, KV, HIDDEN], "bfloat16")
-    assert "caller" in choice.reason
-
-
-@pytest.mark.parametrize("count", [0, 2, 4])
-def test_not_one_representation_per_layer(count: int) -> None:
-    with pytest.raises(ValueError, match=f"{count} representations .* 3 layers"):
-        choose_layout(SPEC, ["kv"] * count)
-
-
-@pytest.mark.parametrize("asked", ["", "KV", "none", "hiden"])
-def test_an_unknown_representation_is_named(asked: str) -> None:
-    with pytest.raises(ValueError, match=f"'{asked}'.*auto, hidden, kv"):
-        choose_layout(SPEC, asked)
-
-
-def test_an_unknown_representation_of_one_layer_is_named() -> None:
-    with pytest.raises(ValueError, match=r"'q8'.*hidden, kv"):
-        choose_layout(SPEC, ["kv", "q8", "kv"])
-
-
-def test_auto_for_one_layer_is_not_called_known_when_it_is_refused() -> None:
-    with pytest.raises(ValueError, match="'auto'") as caught:
-        choose_layout(SPEC, ["kv", "auto", "kv"])
-    assert "auto" not in str(caught.value).split("known:")[1]
 
 
 # --- keys ---------------------------------------------------------------------------------------
@@ -290,7 +513,7 @@ def a_record(
     ids: object = (5, 6, 70000), text: str = 'Zoë said:\n"hi" \U0001f600', **fields: Any
 ) -> StateRecord:
     token_ids: TokenIds = token_array(ids)
-    layout = StateLayout.of([HIDDEN, KV], "bfloat16")
+    layout = StateLayout((LayerFormat(HIDDEN, "bfloat16"), LayerFormat(KV, "bfloat16")))
     parent = child_key(ROOT, token_array([1]))
     key = child_key(parent, token_ids)
     return replace(StateRecord(key, parent, ROOT, token_ids, text, layout, 12.25), **fields)
@@ -312,6 +535,10 @@ def says(record: StateRecord) -> dict[str, object]:
         pytest.param(a_record([10] * 65), id="ids-that-are-newline-bytes"),
         pytest.param(a_record([2**32 - 1]), id="largest-id"),
         pytest.param(a_record(text="\ud800"), id="lone-surrogate"),
+        pytest.param(
+            a_record(layout=StateLayout((NOTHING, LayerFormat(HIDDEN, "int8-g64")), 256)),
+            id="nothing-and-integers",
+        ),
     ],
 )
 def test_record_survives_bytes(record: StateRecord) -> None:
@@ -378,6 +605,53 @@ def with_head(record: StateRecord, **changes: object) -> bytes:
 def test_a_tampered_record_is_refused_with_value_error(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         StateRecord.from_bytes(a_record().key, data)
+
+
+def sealed(record: StateRecord, **changes: object) -> bytes:
+    """A record of other fields, written by somebody who computes the checksum."""
+    data = with_head(record, **changes)[:-16]
+    return data + hashlib.blake2b(record.key + data, digest_size=16).digest()
+
+
+def test_sealing_is_what_a_record_does() -> None:
+    assert sealed(a_record()) == a_record().to_bytes()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"version": FORMAT_VERSION + 1}, id="later-version"),
+        pytest.param({"version": ...}, id="no-version"),
+        pytest.param({"parent": ROOT.hex()}, id="other-parent"),
+        pytest.param({"parent": "xyz"}, id="parent-is-not-hex"),
+        pytest.param({"parent": 5}, id="parent-is-a-number"),
+        pytest.param({"root": ...}, id="no-root"),
+        pytest.param({"root": ""}, id="empty-root"),
+        pytest.param({"root": ROOT.hex()[:-2]}, id="root-of-15-bytes"),
+        pytest.param({"root": ROOT.hex() + "00"}, id="root-of-17-bytes"),
+        pytest.param({"text": ...}, id="no-text"),
+        pytest.param({"text": 5}, id="text-is-a-number"),
+        pytest.param({"text": None}, id="text-is-null"),
+        pytest.param({"text": ["a", "b"]}, id="text-is-a-list"),
+        pytest.param({"layout": []}, id="layout-is-a-list"),
+        pytest.param({"layout": {}}, id="empty-layout"),
+        pytest.param(
+            {"layout": {"chunk_tokens": 64, "layers": [["kv", "int4"]]}}, id="unknown-dtype"
+        ),
+        pytest.param(
+            {"layout": {"chunk_tokens": 64, "layers": [["kv", "float32"], ["none", ""]]}},
+            id="impossible-layout",
+        ),
+        pytest.param({"created_s": "then"}, id="time-is-a-word"),
+        pytest.param({"created_s": None}, id="time-is-null"),
+    ],
+)
+def test_a_whole_record_that_this_version_does_not_know_is_refused(
+    changes: dict[str, object],
+) -> None:
+    """Its checksum is right: another release, or another program, wrote it."""
+    with pytest.raises(ValueError, match=r"^(?!the record fails its checksum)"):
+        StateRecord.from_bytes(a_record().key, sealed(a_record(), **changes))
 
 
 def test_a_record_whose_text_was_changed_is_refused() -> None:

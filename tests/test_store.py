@@ -24,14 +24,14 @@ from hcache_rag.errors import (
     StoreFullError,
     StoreOpenError,
 )
-from hcache_rag.layout import Representation, StateLayout
+from hcache_rag.layout import LayerFormat, Representation, StateLayout
 from hcache_rag.state import StateKey, StateRecord, child_key, root_key, token_array
 from hcache_rag.store import StateStore
 
 REPOSITORY = Path(__file__).parent.parent
 LAYERS, CHUNKS = 3, 2
 ROOT = root_key("model", "tokenizer")
-LAYOUT = StateLayout.of([Representation.KV] * LAYERS, "float32")
+LAYOUT = StateLayout((LayerFormat(Representation.KV, "float32"),) * LAYERS)
 
 
 def a_record(number: int = 0, *, root: StateKey = ROOT, is_preamble: bool = False) -> StateRecord:

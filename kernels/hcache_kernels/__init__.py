@@ -3,6 +3,27 @@
 Shapes in one alphabet: `T` tokens, `E` hidden size, `G` KV heads, `D` head dim.
 """
 
+from hcache_kernels.quant import (
+    dequantise_keys_into,
+    dequantise_rows_into,
+    dequantise_values_into,
+    quantise_keys,
+    quantise_rows,
+    quantise_rows_smoothly,
+    quantise_values,
+)
 from hcache_kernels.torch_ops import fold_projection, project_kv, rope_into, row_scale
 
-__all__ = ["fold_projection", "project_kv", "rope_into", "row_scale"]
+__all__ = [
+    "dequantise_keys_into",
+    "dequantise_rows_into",
+    "dequantise_values_into",
+    "fold_projection",
+    "project_kv",
+    "quantise_keys",
+    "quantise_rows",
+    "quantise_rows_smoothly",
+    "quantise_values",
+    "rope_into",
+    "row_scale",
+]

@@ -43,3 +43,14 @@ def project_kv(
     head_dim = cos.shape[-1]
     shape = (hidden.shape[0], -1, head_dim)
     return rope(keys.view(shape).transpose(0, 1), cos, sin), values.view(shape).transpose(0, 1)
+
+
+def quantise(values: Tensor, scales: Tensor) -> Tensor:
+    """The integers nearest to `values / scales`, which has any shape that fits."""
+    return torch.round(values.double() / scales.double()).clamp(-127, 127).to(torch.int8)
+
+
+def dequantise_rows(integers: Tensor, scales: Tensor, group_channels: int) -> Tensor:
+    """Rows (T, E) in float64 from integers and their groups' scales (T, groups)."""
+    channels = scales.double().repeat_interleave(group_channels, dim=-1)
+    return integers.double() * channels[:, : integers.shape[-1]]
