@@ -239,7 +239,7 @@ class _Candidates:
         """The plan with the least makespan: reading all that is stored, unless another gains."""
         tokens_gone = self.end_tokens / self.tokens[self.end_spans]
         chunks = np.array([span.layout.num_chunks(span.tokens) for span in self.spans])
-        steps = np.array([span.chunk_tokens for span in self.spans])
+        steps = np.array([span.layout.chunk_tokens for span in self.spans])
         chunks_gone = np.ceil(self.end_tokens / steps[self.end_spans]) / chunks[self.end_spans]
         reading = np.concatenate(
             (
