@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 
 from hcache_rag.catalogue import ResolvedPiece
 from hcache_rag.compose import Composition
-from hcache_rag.executor import RestoreTimes
+from hcache_rag.plan import RestorePlan
 from hcache_rag.provenance import Provenance
+from hcache_rag.timeline import COMPUTING, READING, Timeline
 
 
 def misses(pieces: Iterable[ResolvedPiece]) -> list[str]:
@@ -21,17 +22,25 @@ def provenance_of(
     composition: Composition,
     pieces: Sequence[ResolvedPiece],
     seconds: dict[str, float],
-    times: RestoreTimes | None,
+    timeline: Timeline | None,
     warnings: Sequence[str],
+    *,
     repaired: int = 0,
+    plan: RestorePlan | None = None,
 ) -> Provenance:
-    """The provenance of a prompt, or of the plan for one where `times` is None."""
+    """The provenance of a prompt, or of the plan for one where `timeline` is None."""
     missed = [p for p in pieces if p.document is not None and p.record is None]
     spent = dict(seconds)
-    if times is not None:
+    if timeline is not None:
         spent.update(
-            reading=times.reading_s, waiting=times.waiting_s, projecting=times.projecting_s
+            reading=timeline.busy_s(READING),
+            waiting=timeline.waited_s(COMPUTING),
+            recomputing=timeline.busy_s(COMPUTING, "recompute"),
+            restoring=timeline.busy_s(COMPUTING, "restore"),
+            restored=timeline.makespan_s,
         )
+    if plan is not None and plan.makespan_s:
+        spent["predicted"] = plan.makespan_s
     exact, num_restored = composition.num_exact, composition.num_restored
     return Provenance(
         prompt_tokens=len(composition.token_ids),
@@ -42,7 +51,8 @@ def provenance_of(
         missed_tokens=sum(len(p.token_ids) for p in missed),
         documents_restored=sum(not span.record.is_preamble for span in composition.spans),
         documents_missed=len(missed),
-        bytes_read=times.bytes_read if times is not None else 0,
+        bytes_read=timeline.bytes_read if timeline is not None else 0,
         seconds=spent,
+        plan=plan.reason if plan is not None else "",
         warnings=(*warnings, *misses(missed)),
     )

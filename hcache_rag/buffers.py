@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from hcache_rag.models import ModelAdapter
 
-STAGING_SLOTS = 4
 _BLOCK_TOKENS = 256
 
 
 class Buffers:
-    """K and V of all layers for one request, and the staging ring. Fresh memory is slow: reuse it.
+    """K and V of all layers for one request, and scratch memory for one piece of a layer.
 
     Args:
         capacity_tokens: slots per layer.
@@ -27,10 +27,21 @@ class Buffers:
         shape = (spec.num_layers, 1, spec.num_kv_heads, capacity_tokens, spec.head_dim)
         self.keys = torch.empty(shape, dtype=adapter.dtype, device=adapter.device)
         self.values = torch.empty_like(self.keys)
-        width = max(spec.hidden_size, spec.kv_width)
-        self.staging = torch.empty((STAGING_SLOTS, capacity_tokens * width), dtype=adapter.dtype)
-        self.row_scales = torch.empty((STAGING_SLOTS, capacity_tokens))
-        self.scratch = torch.empty(capacity_tokens * 2 * spec.kv_width, dtype=adapter.dtype)
+        self._scratch: dict[str, Tensor] = {}
+
+    def scratch(self, name: str, *shape: int) -> Tensor:
+        """Memory for a tensor of the model's dtype; its content lasts until `name` is asked again.
+
+        Grows to the largest size that was asked for, and keeps it.
+        """
+        size = 1
+        for length in shape:
+            size *= length
+        held = self._scratch.get(name)
+        if held is None or held.numel() < size:
+            held = torch.empty(size, dtype=self.keys.dtype, device=self.keys.device)
+            self._scratch[name] = held
+        return held[:size].view(shape)
 
 
 class BufferPool:

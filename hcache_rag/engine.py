@@ -6,25 +6,41 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal
 
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hcache_rag.account import misses, provenance_of
 from hcache_rag.buffers import BufferPool
+from hcache_rag.cache import RestoringCache
 from hcache_rag.catalogue import Catalogue, ResolvedPiece
+from hcache_rag.choice import (
+    LEAST_TIME,
+    LayoutChoice,
+    Objective,
+    choose_layout,
+    fixed_layout,
+    storage_dtypes,
+)
 from hcache_rag.compose import Composition, compose
 from hcache_rag.errors import PromptTooLongError, StateError, UnsupportedModelError
-from hcache_rag.executor import open_restoring
+from hcache_rag.executor import open_restoring, span_sizes
 from hcache_rag.generation import GenerationOptions, decode
-from hcache_rag.indexing import PendingState, PrecomputeReport, batches, store_batch
+from hcache_rag.indexing import Indexer, PendingState, PrecomputeReport
+from hcache_rag.lanes import Cancelled
+from hcache_rag.layout import StateLayout
+from hcache_rag.measure import find_profile
 from hcache_rag.models import ModelAdapter, tokenizer_fingerprint
-from hcache_rag.plan import choose_layout
+from hcache_rag.planner import Planner
+from hcache_rag.prefixes import Prefixes
+from hcache_rag.profile import HardwareProfile
 from hcache_rag.prompt import Tokenization, Tokenizer
 from hcache_rag.provenance import Generation, Provenance
-from hcache_rag.repair import FIDELITY_SHARES, begin_repair
-from hcache_rag.state import StateKey, TokenIds, child_key, root_key
+from hcache_rag.repair import begin_repair, repair_share
+from hcache_rag.state import StateKey, StateRecord, TokenIds, root_key
 from hcache_rag.store import StateStore
 from hcache_rag.streaming import GenerationStream
 
@@ -42,12 +58,22 @@ class HCacheEngine:
         store: where states are kept: a `StateStore`, or a folder to open one in.
         preamble: the fixed text in front of the first document. States are computed after it.
         add_bos: whether prompts begin with the tokenizer's own first token.
-        representation: what states stored from now on keep: "auto", "hidden", "kv", or one of the
-            latter two per layer.
+        representation: what states stored from now on keep: "auto", "hidden", "kv", one of the
+            latter two (or, for first layers, "none") per layer, or a whole layout.
+        storage_dtype: what hidden states and K and V are stored in: "float32", "bfloat16",
+            "float16", "int8", for hidden states also "int8-g64" and "int8-smooth". None is the
+            library's choice by measured loss, eight-bit integers; with fidelity="exact" it is the
+            model's own dtype.
+        profile: the machine, as `hcache_rag.measure` or `hcache_rag.presets` describe it; "auto"
+            is the one that `hcache-rag profile` keeps beside the states. With it,
+            representation="auto" keeps what restores in least time, and each request is planned by
+            what reading and computing take now. Without one, the form of fewest bytes is kept, and
+            everything that is stored is read.
+        objective: what "auto" chooses for, if there is a profile.
         fidelity: how close to full prefill an answer is. "exact" restores only documents whose
-            state was computed after the very tokens in front of them. The others restore every
-            document, and of the relocated ones' tokens repair a share: "high" 30 %, "balanced"
-            15 %, "fast" 5 %, "none" 0, or a number from 0 to 1.
+            state was computed after the very tokens in front of them and keeps every bit. The
+            others restore every document, and of the relocated ones' tokens repair a share: "high"
+            30 %, "balanced" 15 %, "fast" 5 %, "none" 0, or a number from 0 to 1.
         tokenization: "segmented" or "strict", see `hcache_rag.prompt.Tokenizer`.
         reference_mode: restore in transformers' own order of operations, slower.
         name: what a person calls the model.
@@ -65,14 +91,17 @@ class HCacheEngine:
         *,
         preamble: str = "",
         add_bos: bool = True,
-        representation: str | Sequence[str] = "auto",
+        representation: str | Sequence[str] | StateLayout = "auto",
+        storage_dtype: str | None = None,
+        profile: HardwareProfile | Literal["auto"] | None = "auto",
+        objective: Objective = LEAST_TIME,
         fidelity: Fidelity = "balanced",
         tokenization: Tokenization = "segmented",
         reference_mode: bool = False,
         name: str | None = None,
     ) -> None:
         self.fidelity = fidelity
-        self.repair_share = _repair_share(fidelity)
+        self.repair_share = repair_share(fidelity)
         self.adapter = ModelAdapter(model, name)
         if self.adapter.device.type != "cpu":
             raise UnsupportedModelError(
@@ -80,23 +109,32 @@ class HCacheEngine:
             )
         self.tokenizer = tokenizer
         self._tokens = Tokenizer(tokenizer, tokenization)
-        self.choice = choose_layout(self.adapter.spec, representation)
+        if profile == "auto":
+            profile = find_profile(store.path if isinstance(store, StateStore) else store)
+        self.choice = self._choose(representation, storage_dtype, profile, objective)
         self.root = root_key(self.adapter.fingerprint, tokenizer_fingerprint(tokenizer))
         self.reference_mode = reference_mode
         self.add_bos = add_bos
         self.preamble = preamble
-        self._preamble_ids = self._tokens.preamble(preamble, add_bos=add_bos)
-        self._parent = (
-            child_key(self.root, self._preamble_ids) if len(self._preamble_ids) else self.root
-        )
         self._owns_store = not isinstance(store, StateStore)
         self.store = store if isinstance(store, StateStore) else StateStore.open(store)
+        self._prefixes = Prefixes(self.adapter, self.store, self.root)
+        preamble_ids = self._tokens.preamble(preamble, add_bos=add_bos)
+        self._parent = self._prefixes.add(self.root, preamble_ids)
+        self.planner = Planner(self.adapter.spec, profile)
         self._catalogue = Catalogue(self.store, self._tokens, self.root, self._parent)
         self._buffers = BufferPool(self.adapter)
-        self._indexing = threading.Lock()
+        self._indexer = Indexer(
+            self.adapter,
+            self.store,
+            self._tokens,
+            self._prefixes,
+            self.choice,
+            self.root,
+            PendingState(self._parent, preamble_ids, preamble),
+        )
         self._damaged: set[StateKey] = set()
         self._warned: set[str] = set()
-        self._preamble_cache: DynamicCache | None = None
         self._warn_if_foreign()
 
     def precompute(
@@ -113,47 +151,13 @@ class HCacheEngine:
         Raises:
             StoreFullError: no room; what was stored before stays.
         """
-        started = time.perf_counter()
-        with self._indexing:
-            pending, reused, skipped = self._pending(texts)
-            total, done = reused + len(pending), reused
-            stored_tokens = stored_bytes = 0
-            if on_progress:
-                on_progress(done, total)
-            try:
-                if pending:
-                    self.store.name_model(
-                        self.root,
-                        self.adapter.spec.name,
-                        str(self.choice.layout),
-                        self.choice.reason,
-                    )
-                    self._store_preamble()
-                for batch in batches(pending):
-                    records, num_bytes = store_batch(
-                        self.adapter,
-                        self.store,
-                        batch,
-                        self.choice.layout,
-                        self.root,
-                        self._parent,
-                        self._after_preamble(),
-                    )
-                    for record in records:
-                        self._catalogue.add(record)
-                        self._warned.discard(record.text)
-                    stored_tokens += sum(record.num_tokens for record in records)
-                    stored_bytes += num_bytes
-                    done += len(records)
-                    if on_progress:
-                        on_progress(done, total)
-            finally:
-                if pending:
-                    self.store.sync()
-        seconds = time.perf_counter() - started
-        return PrecomputeReport(
-            len(pending), reused, tuple(skipped), stored_tokens, stored_bytes, seconds
-        )
+        return self._indexer.precompute(texts, self._stored, on_progress)
+
+    def _stored(self, record: StateRecord) -> None:
+        """A state is in the store."""
+        self._damaged.discard(record.key)
+        self._catalogue.add(record)
+        self._warned.discard(record.text)
 
     def announce(self, texts: Iterable[str]) -> None:
         """Say that these texts are documents, so that a missing state is noticed and counted."""
@@ -170,7 +174,11 @@ class HCacheEngine:
     def plan(self, prompt: str, *, add_bos: bool | None = None) -> Provenance:
         """What would be restored and read for a prompt, without doing it."""
         pieces = self._resolve(prompt, add_bos)
-        return provenance_of(self._compose(pieces), pieces, {}, None, [])
+        composition = self._compose(pieces)
+        plan, _ = self.planner.plan(
+            span_sizes(composition, self._prefixes), len(composition.fresh_positions)
+        )
+        return provenance_of(composition, pieces, {}, None, [], plan=plan)
 
     def generate(
         self,
@@ -224,6 +232,35 @@ class HCacheEngine:
             )
         )
 
+    @contextmanager
+    def restoring(self, prompt: str) -> Iterator[tuple[Composition, RestoringCache]]:
+        """A transformers cache on which the model's first forward pass reads what is fresh.
+
+        For those who call the model themselves: pass it `composition.token_ids` and the cache.
+        Nothing is repaired. The cache is valid inside the block.
+
+        Raises:
+            StateError: from recomputing, or from the pass, a state that cannot be used.
+        """
+        composition = self._compose(self._resolve(prompt, None))
+        _, work = self.planner.plan(
+            span_sizes(composition, self._prefixes), len(composition.fresh_positions)
+        )
+        with (
+            self._buffers.borrow(len(composition.token_ids)) as buffers,
+            open_restoring(
+                self.adapter,
+                composition,
+                buffers,
+                self.store,
+                work=work,
+                prefixes=self._prefixes,
+                reference_mode=self.reference_mode,
+            ) as (cache, execution),
+        ):
+            execution.recompute()
+            yield composition, cache
+
     def close(self) -> None:
         """Close the store, if the engine opened it."""
         if self._owns_store:
@@ -235,13 +272,49 @@ class HCacheEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _choose(
+        self,
+        representation: str | Sequence[str] | StateLayout,
+        storage_dtype: str | None,
+        profile: HardwareProfile | None,
+        objective: Objective,
+    ) -> LayoutChoice:
+        spec = self.adapter.spec
+        if storage_dtype is None and self.fidelity == "exact":
+            storage_dtype = spec.dtype
+        if isinstance(representation, StateLayout):
+            if len(representation.layers) != spec.num_layers:
+                raise ValueError(
+                    f"a layout of {len(representation.layers)} layers for a model of "
+                    f"{spec.num_layers}"
+                )
+            return LayoutChoice(representation, "given by the caller")
+        if representation != "auto":
+            return fixed_layout(spec, representation, storage_dtype)
+        hidden, kv = storage_dtypes(spec, storage_dtype)
+        return choose_layout(spec, profile, objective, hidden_dtype=hidden, kv_dtype=kv)
+
     def _resolve(self, prompt: str, add_bos: bool | None) -> list[ResolvedPiece]:
         bos = self.add_bos if add_bos is None else add_bos
-        return self._catalogue.resolve(prompt, add_bos=bos)
+        return [self._usable(piece) for piece in self._catalogue.resolve(prompt, add_bos=bos)]
+
+    def _usable(self, piece: ResolvedPiece) -> ResolvedPiece:
+        """The piece, without its state where that cannot be used as the engine is set."""
+        record = piece.record
+        if record is None:
+            return piece
+        miss = None
+        if self.fidelity == "exact" and not record.layout.is_lossless(self.adapter.spec.dtype):
+            miss = f"kept as {record.layout}, which is not exact; see storage_dtype"
+        elif record.layout.num_none and record.parent not in self._prefixes:
+            miss = "some layers are not kept, and what it was computed after is not known"
+        return replace(piece, record=None, miss=miss) if miss else piece
 
     def _compose(self, pieces: Sequence[ResolvedPiece]) -> Composition:
         has_preamble = self._parent not in (self.root, *self._damaged)
         preamble = self.store.record(self._parent) if has_preamble else None
+        if preamble is not None:
+            preamble = self._usable(ResolvedPiece(preamble.token_ids, None, preamble)).record
         return compose(
             [(piece.token_ids, piece.record) for piece in pieces],
             self.root,
@@ -273,6 +346,9 @@ class HCacheEngine:
             if text and on_text:
                 on_text(text)
 
+        sizes = span_sizes(composition, self._prefixes)
+        plan, work = self.planner.plan(sizes, len(composition.fresh_positions))
+        repaired = 0
         with (
             self._buffers.borrow(num_tokens + max_new_tokens) as buffers,
             open_restoring(
@@ -280,25 +356,36 @@ class HCacheEngine:
                 composition,
                 buffers,
                 self.store,
+                work=work,
+                prefixes=self._prefixes,
                 reference_mode=self.reference_mode,
-            ) as cache,
+                is_cancelled=cancelled.is_set,
+            ) as (cache, execution),
         ):
-            repaired = 0
-            if self.repair_share and composition.num_restored > composition.num_exact:
-                repaired = begin_repair(self.adapter, cache, self.repair_share)
-            text, token_ids, reason = decode(
-                self.adapter.model,
-                self.tokenizer,
-                composition.token_ids,
-                cache,
-                options,
-                max_new_tokens,
-                emit,
-                cancelled,
-            )
-        provenance = provenance_of(composition, pieces, seconds, cache.times, warnings, repaired)
+            try:
+                execution.recompute()
+                if self.repair_share and composition.num_restored > composition.num_exact:
+                    repaired = begin_repair(self.adapter, cache, self.repair_share)
+                text, token_ids, reason = decode(
+                    self.adapter.model,
+                    self.tokenizer,
+                    composition.token_ids,
+                    cache,
+                    options,
+                    max_new_tokens,
+                    emit,
+                    cancelled,
+                )
+            except Cancelled:
+                text, token_ids, reason = "", (), "cancelled"
+        timeline = execution.timeline
+        if reason != "cancelled":
+            self.planner.observe(timeline, plan)
+        provenance = provenance_of(
+            composition, pieces, seconds, timeline, warnings, repaired=repaired, plan=plan
+        )
         self._warn_of(pieces)
-        return Generation(text, token_ids, reason, provenance)
+        return Generation(text, token_ids, reason, provenance, timeline)
 
     def _warn_of(self, pieces: Sequence[ResolvedPiece]) -> None:
         """Log why documents have no usable state, once for each of them."""
@@ -326,51 +413,6 @@ class HCacheEngine:
             for p in pieces
         ]
 
-    def _pending(
-        self, texts: Iterable[str]
-    ) -> tuple[list[PendingState], int, list[tuple[str, str]]]:
-        pending: dict[bytes, PendingState] = {}
-        reused: set[bytes] = set()
-        skipped: list[tuple[str, str]] = []
-        room = self.adapter.spec.window_tokens - len(self._preamble_ids)
-        for text in texts:
-            stripped = text.strip()
-            token_ids = self._tokens.document(stripped)
-            key = child_key(self._parent, token_ids)
-            if not len(token_ids):
-                skipped.append((stripped[:40], "empty"))
-            elif len(token_ids) > room:
-                reason = f"{len(token_ids)} tokens, but the window has room for {room}"
-                skipped.append((stripped[:40], reason))
-            elif key in pending or key in reused:
-                continue
-            elif self.store.record(key) is not None:
-                reused.add(key)
-            else:
-                pending[key] = PendingState(key, token_ids, stripped)
-        return list(pending.values()), len(reused), skipped
-
-    def _store_preamble(self) -> None:
-        if self._parent == self.root or self.store.record(self._parent) is not None:
-            return
-        self._damaged.discard(self._parent)
-        state = PendingState(self._parent, self._preamble_ids, self.preamble)
-        store_batch(
-            self.adapter,
-            self.store,
-            [state],
-            self.choice.layout,
-            self.root,
-            self.root,
-            self.adapter.prefill([]),
-            is_preamble=True,
-        )
-
-    def _after_preamble(self) -> DynamicCache:
-        if self._preamble_cache is None:
-            self._preamble_cache = self.adapter.prefill(self._preamble_ids.tolist())
-        return self._preamble_cache
-
     def _warn_if_foreign(self) -> None:
         if self._catalogue.num_foreign:
             logger.warning(
@@ -380,16 +422,3 @@ class HCacheEngine:
                 self._catalogue.num_foreign,
                 self.adapter.spec.name,
             )
-
-
-def _repair_share(fidelity: Fidelity) -> float:
-    if fidelity == "exact":
-        return 0.0
-    if isinstance(fidelity, str):
-        if fidelity not in FIDELITY_SHARES:
-            known = ", ".join(["exact", *FIDELITY_SHARES])
-            raise ValueError(f"fidelity is a number or one of {known}, not {fidelity!r}")
-        return FIDELITY_SHARES[fidelity]
-    if isinstance(fidelity, bool) or not 0 <= fidelity <= 1:
-        raise ValueError(f"fidelity is a share from 0 to 1, not {fidelity!r}")
-    return float(fidelity)

@@ -1,268 +1,300 @@
-"""The cache that restores itself while the model's own forward pass runs through it.
+"""Carries a plan out: reads ahead on one lane while the model's forward pass is the other.
 
-The reading lane puts each layer's verified bytes into a staging slot ahead of the model; when
-the forward pass reaches a layer and calls `update`, the layer turns them into K and V at their
-positions, adds the fresh K and V, and from then on is an ordinary preallocated cache layer.
-
-Restored tokens lie in the first slots of the buffers, in prompt order, the fresh ones behind
-them: attention does not mind the order of keys, as long as the mask speaks of positions.
+The reading lane verifies stored values where they lie in the store's map. When the forward pass
+comes to a layer, the layer's pieces are turned into K and V at their positions, straight from the
+map: the bytes are moved once. First layers, or tokens, that the plan recomputes are run before.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
 
-from hcache_kernels import project_kv, reference, rope_into
+from hcache_kernels import (
+    dequantise_keys_into,
+    dequantise_rows_into,
+    dequantise_values_into,
+    project_kv,
+    reference,
+    rope_into,
+)
 from hcache_rag import codec
-from hcache_rag.buffers import STAGING_SLOTS, Buffers
-from hcache_rag.compose import Composition, RestoredSpan
-from hcache_rag.lanes import ReadingLane
-from hcache_rag.layout import LayerFormat, Representation
-from hcache_rag.models import ModelAdapter, bit_words
-from hcache_rag.store import StateStore, StoreReader
+from hcache_rag.buffers import Buffers
+from hcache_rag.cache import RestoringCache
+from hcache_rag.compose import Composition
+from hcache_rag.lanes import CallerLane, Clock, Lane, ThreadLane, Ticket, timeline_of, walk
+from hcache_rag.layout import GROUP_CHANNELS, Representation
+from hcache_rag.models import ModelAdapter, tensor_of, torch_dtype
+from hcache_rag.plan import SpanSize, plan_restore
+from hcache_rag.prefixes import Prefixes
+from hcache_rag.schedule import ChunkUse, Piece, Schedule, schedule
+from hcache_rag.state import StateKey
+from hcache_rag.timeline import COMPUTING, READING, Step, Timeline
 
 
-@dataclass
-class RestoreTimes:
-    """Where the time of one restore went; seconds on either lane, and bytes read."""
+class ValueReader(Protocol):
+    """Gives stored values as they are, valid while the reading block lasts."""
 
-    reading_s: float = 0.0
-    waiting_s: float = 0.0
-    projecting_s: float = 0.0
-    bytes_read: int = 0
+    def value(self, key: StateKey, layer: int, chunk: int) -> memoryview:
+        """The value.
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Pass:
-    """A forward pass over some positions (F,) of the prompt, and the slots (F,) they belong to."""
-
-    positions: Tensor
-    slots: Tensor
-    is_contiguous: bool
+        Raises:
+            StateError: there is none, or it cannot be read.
+        """
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Run:
-    """Restored rows `start` to `stop` of one layer in one format, staged from `offset` on."""
+class Readable(Protocol):
+    """What states are read from: a `StateStore`, or what stands in front of one."""
 
-    fmt: LayerFormat
-    start: int
-    stop: int
-    offset: int
-    spans: tuple[RestoredSpan, ...]
+    def reading(self) -> AbstractContextManager[ValueReader]:
+        """A consistent view for one thread."""
 
 
-class RestoringCache(Cache):
-    """A transformers cache that starts with the states of a composition.
+def span_sizes(composition: Composition, prefixes: Prefixes | None) -> list[SpanSize]:
+    """What the planner needs to know of a composition's spans."""
+    return [
+        SpanSize(
+            span.num_tokens,
+            span.record.layout,
+            prefixes is not None and span.record.parent in prefixes,
+            span.record.num_tokens - span.num_tokens,
+        )
+        for span in composition.spans
+    ]
 
-    Use `open_restoring`, which starts its reading lane.
+
+class Execution:
+    """One restore under way: its schedule, its lanes, and what has been read but not used yet.
 
     Args:
-        adapter: the model that will run through it.
+        adapter: the model.
         composition: what is restored and what is read afresh.
-        buffers: at least as many slots as the sequence will have tokens.
+        work: the plan in steps.
+        buffers: where K and V go.
+        prefixes: what states were computed after; None if nothing is recomputed.
         reference_mode: restore hidden states by the model's own norm and projections, in
             transformers' order of operations, instead of by the folded GEMM.
+        is_cancelled: asked before each step of computing.
     """
 
     def __init__(
         self,
         adapter: ModelAdapter,
         composition: Composition,
+        work: Schedule,
         buffers: Buffers,
         *,
+        prefixes: Prefixes | None = None,
         reference_mode: bool = False,
+        is_cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
         self.adapter = adapter
         self.composition = composition
+        self.work = work
         self.buffers = buffers
+        self.prefixes = prefixes
         self.reference_mode = reference_mode
-        self.times = RestoreTimes()
-        self.lane: ReadingLane | None = None
-        restored = composition.restored_positions
-        self.num_restored = len(restored)
-        self._cos_sin = adapter.position_embeddings(torch.from_numpy(restored).to(adapter.device))
-        self.position_of_slot = torch.from_numpy(
-            np.concatenate((restored, composition.fresh_positions))
-        )
-        self._slot_of_position = torch.argsort(self.position_of_slot)
-        self._pass: _Pass | None = None
-        num_layers = adapter.spec.num_layers
-        self.restoring_layers = [RestoringLayer(self, i) for i in range(num_layers)]
-        super().__init__(layers=list(self.restoring_layers))
-        if self.num_restored:
-            self.begin_pass(composition.fresh_positions)
+        positions = torch.from_numpy(composition.restored_positions).to(adapter.device)
+        self._cos_sin = adapter.position_embeddings(positions)
+        self._first_row = np.cumsum([0, *(span.num_tokens for span in composition.spans)])
+        self._read: dict[tuple[int, int], list[tuple[codec.Words, ...]]] = {}
+        self._clock = Clock()
+        self._computing = CallerLane(self._clock, is_cancelled)
+        self._tickets: list[Ticket] = []
+        self._num_recomputed = 0
 
-    def begin_pass(self, positions: npt.NDArray[np.int64]) -> None:
-        """Make the next forward pass read the prompt's tokens at `positions` (F,), ascending.
-
-        What it writes goes to the slots of these positions, over what is there.
-        """
-        at = torch.from_numpy(positions)
-        slots = self._slot_of_position[at]
-        self._pass = _Pass(at, slots, bool((slots.diff() == 1).all()))
-        for layer in self.restoring_layers:
-            layer.rewind()
+    @contextmanager
+    def running(self, reader: ValueReader) -> Iterator[None]:
+        """The lanes, with the reading lane under way; leaving the block stops it."""
+        try:
+            with ThreadLane(partial(self._read_piece, reader), self._clock) as reading:
+                lanes: dict[str, Lane] = {READING: reading, COMPUTING: self._computing}
+                self._tickets = walk(self.work.steps, lanes)
+                try:
+                    yield
+                finally:
+                    self._computing.close()
+        finally:
+            self._read.clear()  # the views end with the reader
 
     @property
-    def is_in_pass(self) -> bool:
-        """Whether a pass was begun and has not gone through all layers."""
-        return self._pass is not None
+    def timeline(self) -> Timeline:
+        """What has run so far."""
+        return timeline_of(self._tickets)
 
-    def write(self, layer: int, key_states: Tensor, value_states: Tensor) -> int | None:
-        """Write a pass's K and V to their slots; the filled length, or None outside a pass."""
-        if self._pass is None:
-            return None
-        slots = self._pass.slots
-        if key_states.shape[-2] != len(slots):
-            raise ValueError(f"{key_states.shape[-2]} tokens in a pass over {len(slots)} positions")
-        for buffer, states in (
-            (self.buffers.keys, key_states),
-            (self.buffers.values, value_states),
-        ):
-            if self._pass.is_contiguous:
-                buffer[layer][:, :, slots[0] : slots[-1] + 1] = states
-            else:
-                buffer[layer].index_copy_(2, slots.to(states.device), states)
-        if layer == len(self.restoring_layers) - 1:
-            self._pass = None
-        return len(self.position_of_slot)
+    def end_forward(self) -> None:
+        """The forward pass through the last layer is done."""
+        self._computing.end()
 
-    def read_layer(self, reader: StoreReader, layer: int) -> None:
-        """Reading lane: verify one layer's chunks and put them into their staging slot.
-
-        V goes to its final place at once; K and hidden rows wait for the compute lane.
+    def _read_piece(self, reader: ValueReader, step: Step) -> None:
+        """Reading lane: find and verify a piece's chunks; nothing is copied.
 
         Raises:
             StateError: a chunk is missing or damaged.
         """
-        started = time.perf_counter()
-        slot = layer % STAGING_SLOTS
-        for run in self._runs(layer):
-            rows = slice(run.start, run.stop)
-            staged = bit_words(self._staged(slot, run))
-            if run.fmt.representation is Representation.HIDDEN:
-                targets = staged, self.buffers.row_scales[slot, rows].numpy()
-            else:
-                targets = staged, bit_words(self.buffers.values[layer, 0, :, rows])
-            begin = 0
-            for span in run.spans:
-                self._read_span(reader, layer, run.fmt, span, targets, begin)
-                begin += span.num_tokens
-        self.times.reading_s += time.perf_counter() - started
+        piece = self.work.pieces[step.layer][step.piece]
+        self._read[step.layer, step.piece] = [
+            self._read_chunk(reader, step.layer, piece, use) for use in piece.chunks
+        ]
 
-    def _read_span(
-        self,
-        reader: StoreReader,
-        layer: int,
-        fmt: LayerFormat,
-        span: RestoredSpan,
-        targets: tuple[codec.Words, codec.Words],
-        begin: int,
-    ) -> None:
-        record, step = span.record, span.record.layout.chunk_tokens
-        tokens_first = fmt.representation is Representation.HIDDEN
-        for chunk in range(record.layout.num_chunks(span.num_tokens)):
-            first = chunk * step
-            tokens = min(step, record.num_tokens - first)
-            shape = codec.ChunkShape.of(fmt, tokens, self.adapter.spec)
-            value = reader.value(record.key, layer, chunk)
-            self.times.bytes_read += len(value)
-            sources = codec.decode(shape, record.key, layer, chunk, value)
-            used = min(tokens, span.num_tokens - first)
-            at = slice(begin + first, begin + first + used)
-            for target, source in zip(targets, sources, strict=True):
-                if tokens_first:
-                    target[at] = source[:used]
-                else:
-                    target[:, at] = source[:, :used]
+    def _read_chunk(
+        self, reader: ValueReader, layer: int, piece: Piece, use: ChunkUse
+    ) -> tuple[codec.Words, ...]:
+        record = self.composition.spans[use.span].record
+        step = record.layout.chunk_tokens
+        tokens = min(step, record.num_tokens - use.chunk * step)
+        shape = codec.ChunkShape(piece.fmt, tokens, self.adapter.spec)
+        value = reader.value(record.key, layer, use.chunk)
+        return codec.decode(shape, record.key, layer, use.chunk, value)
 
-    def _runs(self, layer: int) -> list[_Run]:
-        """Neighbouring spans that keep this layer in one format, each run with its own staging."""
-        runs: list[_Run] = []
-        start = offset = 0
-        for fmt, group in groupby(self.composition.spans, lambda s: s.record.layout.layers[layer]):
-            spans = tuple(group)
-            stop = start + sum(span.num_tokens for span in spans)
-            runs.append(_Run(fmt, start, stop, offset, spans))
-            offset += (stop - start) * self._width(fmt)
-            start = stop
-        return runs
+    def recompute(self) -> None:
+        """Run what the plan recomputes, while the rest is being read."""
+        for job in self.work.recomputations:
+            with self._computing.step():
+                spans = [(self.composition.spans[index].record, n) for index, n in job.heads]
+                by_parent: dict[bytes, list[int]] = {}
+                for number, (record, _) in enumerate(spans):
+                    by_parent.setdefault(record.parent, []).append(number)
+                for parent, numbers in by_parent.items():
+                    heads = [job.heads[number] for number in numbers]
+                    self._recompute(parent, heads, job.layers)
 
-    def _width(self, fmt: LayerFormat) -> int:
-        """Staged elements of one token."""
-        spec = self.adapter.spec
-        is_hidden = fmt.representation is Representation.HIDDEN
-        return spec.hidden_size if is_hidden else spec.kv_width
+    def _recompute(self, parent: bytes, heads: Sequence[tuple[int, int]], num_layers: int) -> None:
+        """Compute K and V of spans' first tokens as they were computed when they were stored."""
+        if self.prefixes is None:
+            raise RuntimeError("a plan that recomputes needs to know what comes before")
+        batch = [self.composition.spans[i].record.token_ids[:n].tolist() for i, n in heads]
+        captured = self.adapter.capture(
+            batch, [Representation.KV] * num_layers, self.prefixes.cache(parent)
+        )
+        for layer, caught in enumerate(captured):
+            for number, (index, tokens) in enumerate(heads):
+                first = int(self._first_row[index])
+                keys, values, cos, sin = self._targets(layer, first, first + tokens)
+                states = (
+                    self._by_heads(side, number, tokens) for side in (caught.first, caught.second)
+                )
+                rope_into(next(states), cos, sin, keys)
+                values.copy_(next(states))
 
-    def _staged(self, slot: int, run: _Run) -> Tensor:
-        """A run's staging: hidden rows (r, E), or K before RoPE (G, r, D)."""
-        rows = run.stop - run.start
-        end = run.offset + rows * self._width(run.fmt)
-        flat = self.buffers.staging[slot, run.offset : end]
-        if run.fmt.representation is Representation.HIDDEN:
-            return flat.view(rows, -1)
-        return flat.view(self.adapter.spec.num_kv_heads, rows, -1)
+    def _by_heads(self, states: Tensor | None, row: int, tokens: int) -> Tensor:
+        """One document of a captured (B, T, G * D), as (G, T, D)."""
+        if states is None:
+            raise RuntimeError("K or V was not captured")
+        shape = (tokens, self.adapter.spec.num_kv_heads, self.adapter.spec.head_dim)
+        return states[row, :tokens].view(shape).transpose(0, 1)
 
     def restore_layer(self, layer: int) -> None:
-        """Compute lane: wait for a layer's bytes and write its K and V into the first R slots.
+        """Write a layer's K and V into the first slots, as fast as its pieces have been read.
 
         Raises:
             StateError: what the reading lane met.
+            Cancelled: the request was cancelled.
         """
-        if not self.num_restored:
-            return
-        if self.lane is None:
-            raise RuntimeError("the cache's reading lane was not started")
-        started = time.perf_counter()
-        self.lane.wait(layer)
-        ready = time.perf_counter()
-        for run in self._runs(layer):
-            self._restore_run(layer, run)
-        self.lane.release(layer)
-        self.times.waiting_s += ready - started
-        self.times.projecting_s += time.perf_counter() - ready
+        for index, piece in enumerate(self.work.pieces[layer]):
+            with self._computing.step():
+                self.restore_piece(layer, piece, self._read.pop((layer, index)))
+        self._computing.begin()  # the layer's forward pass
 
-    def _restore_run(self, layer: int, run: _Run) -> None:
-        slot, rows = layer % STAGING_SLOTS, slice(run.start, run.stop)
-        keys = self.buffers.keys[layer, 0, :, rows]
-        values = self.buffers.values[layer, 0, :, rows]
-        staged = self._staged(slot, run)
-        cos, sin = (table[rows] for table in self._cos_sin)
-        if run.fmt.representation is Representation.KV:
+    def restore_piece(
+        self, layer: int, piece: Piece, chunks: Sequence[tuple[codec.Words, ...]]
+    ) -> None:
+        """Turn a piece's stored arrays, chunk by chunk, into K and V in their slots."""
+        keys, values, cos, sin = self._targets(layer, piece.start, piece.stop)
+        if piece.fmt.representation is Representation.KV:
+            staged = self._stage_kv(piece, chunks, values)
             if self.reference_mode:
                 keys.copy_(reference.rope(staged, cos, sin))
             else:
                 rope_into(staged, cos, sin, keys)
             return
+        rows, scale = self._stage_rows(piece, chunks)
         if self.reference_mode:
-            self._project_by_modules(layer, staged, cos, sin, keys, values)
+            self._project_by_modules(layer, rows, cos, sin, keys, values)
             return
         projection = self.adapter.projections[layer]
-        num_rows = run.stop - run.start
-        scratch = self.buffers.scratch[: num_rows * 2 * self.adapter.spec.kv_width]
-        project_kv(
-            staged,
-            self.buffers.row_scales[slot, rows],
-            projection.weight,
-            projection.bias,
-            cos,
-            sin,
-            keys,
-            values,
-            scratch.view(num_rows, -1),
+        scratch = self.buffers.scratch("projected", len(rows), 2 * self.adapter.spec.kv_width)
+        project_kv(rows, scale, projection.weight, projection.bias, cos, sin, keys, values, scratch)
+
+    def _targets(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """K, V (G, r, D) and cosines, sines (r, D) of some rows."""
+        cos, sin = self._cos_sin
+        rows = slice(start, stop)
+        buffers = self.buffers
+        return (
+            buffers.keys[layer, 0, :, rows],
+            buffers.values[layer, 0, :, rows],
+            cos[rows],
+            sin[rows],
         )
+
+    def _stage_kv(
+        self, piece: Piece, chunks: Sequence[tuple[codec.Words, ...]], values: Tensor
+    ) -> Tensor:
+        """Write V to its place; K before RoPE (G, r, D), in the map or in scratch memory."""
+        dtype = torch.int8 if piece.fmt.is_quantised else torch_dtype(piece.fmt.dtype)
+        if len(chunks) == 1 and dtype == self.adapter.dtype:
+            (use,), ((stored_keys, stored_values),) = piece.chunks, chunks
+            values.copy_(tensor_of(stored_values, dtype)[:, : use.tokens])
+            return tensor_of(stored_keys, dtype)[:, : use.tokens]
+        spec = self.adapter.spec
+        staged = self.buffers.scratch(
+            "keys", spec.num_kv_heads, piece.stop - piece.start, spec.head_dim
+        )
+        for use, (stored_keys, stored_values, *scales) in zip(piece.chunks, chunks, strict=True):
+            at = slice(use.row - piece.start, use.row - piece.start + use.tokens)
+            chunk_keys = tensor_of(stored_keys, dtype)[:, : use.tokens]
+            chunk_values = tensor_of(stored_values, dtype)[:, : use.tokens]
+            if not scales:
+                staged[:, at].copy_(chunk_keys)
+                values[:, at].copy_(chunk_values)
+                continue
+            key_scales, value_scales = (tensor_of(s, torch.float32) for s in scales)
+            dequantise_keys_into(chunk_keys, key_scales, staged[:, at])
+            dequantise_values_into(chunk_values, value_scales[:, : use.tokens], values[:, at])
+        return staged
+
+    def _stage_rows(
+        self, piece: Piece, chunks: Sequence[tuple[codec.Words, ...]]
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden rows (r, E), in the map or in scratch memory, and their row scales (r,).
+
+        Rows with one scale each are left as integers: the row scale is then the product of both.
+        """
+        fmt = piece.fmt
+        dtype = torch.int8 if fmt.is_quantised else torch_dtype(fmt.dtype)
+        if len(chunks) == 1 and dtype == self.adapter.dtype:
+            (use,), ((stored_rows, row_scales),) = piece.chunks, chunks
+            scale = tensor_of(row_scales, torch.float32)
+            return tensor_of(stored_rows, dtype)[: use.tokens], scale[: use.tokens]
+        num_rows = piece.stop - piece.start
+        staged = self.buffers.scratch("rows", num_rows, self.adapter.spec.hidden_size)
+        scale = torch.empty(num_rows)
+        for use, (stored_rows, row_scales, *quant) in zip(piece.chunks, chunks, strict=True):
+            at = slice(use.row - piece.start, use.row - piece.start + use.tokens)
+            rows = tensor_of(stored_rows, dtype)[: use.tokens]
+            scale[at] = tensor_of(row_scales, torch.float32)[: use.tokens]
+            if not quant:
+                staged[at].copy_(rows)
+                continue
+            quant_scales = tensor_of(quant[0], torch.float32)[: use.tokens]
+            if quant_scales.dim() == 2:
+                dequantise_rows_into(rows, quant_scales, GROUP_CHANNELS, staged[at])
+            else:
+                staged[at].copy_(rows)
+                if len(quant) == 2:
+                    staged[at].mul_(tensor_of(quant[1], torch.float32))
+                if self.reference_mode:
+                    staged[at].mul_(quant_scales.unsqueeze(-1))
+                else:
+                    scale[at].mul_(quant_scales)
+        return staged, scale
 
     def _project_by_modules(
         self, layer: int, hidden: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor
@@ -275,111 +307,44 @@ class RestoringCache(Cache):
         keys.copy_(restored[0])
         values.copy_(restored[1])
 
-    def pass_inputs(self) -> dict[str, Tensor]:
-        """What the pass reads: its tokens, their positions, and which slots each of them sees."""
-        if self._pass is None:
-            raise RuntimeError("no pass was begun")
-        device, positions = self.adapter.device, self._pass.positions
-        visible = self.position_of_slot[None, :] <= positions[:, None]
-        # Additive, which both eager and SDPA attention take; SDPA would turn a boolean mask into
-        # this one in every layer.
-        mask = torch.zeros((1, 1, *visible.shape), dtype=self.adapter.dtype)
-        mask.masked_fill_(~visible, torch.finfo(self.adapter.dtype).min)
-        token_ids = torch.from_numpy(self.composition.token_ids.astype(np.int64))
-        return {
-            "input_ids": token_ids[positions].unsqueeze(0).to(device),
-            "position_ids": positions.unsqueeze(0).to(device),
-            "attention_mask": mask.to(device),
-        }
-
-    def by_position(self, layer: int) -> tuple[Tensor, Tensor]:
-        """K and V of a layer in the order of positions, (1, G, n, D) each; copies."""
-        filled = self.restoring_layers[layer].get_seq_length()
-        decoded = torch.arange(len(self.position_of_slot), filled)
-        index = torch.cat((self._slot_of_position, decoded)).to(self.adapter.device)
-        return (
-            self.buffers.keys[layer].index_select(2, index),
-            self.buffers.values[layer].index_select(2, index),
-        )
-
-
-class RestoringLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer of a `RestoringCache`."""
-
-    is_sliding = False
-
-    def __init__(self, cache: RestoringCache, layer: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._cache = cache
-        self._layer = layer
-        self._length = cache.num_restored
-        self.is_initialized = False
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Restore the layer; called by the first `update`."""
-        if key_states.shape[0] != 1:
-            raise ValueError(f"the cache holds one sequence, not a batch of {key_states.shape[0]}")
-        self._cache.restore_layer(self._layer)
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Add K and V, (1, G, n, D) each, behind what is there; return views of all of them."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        buffers = self._cache.buffers
-        end = self._cache.write(self._layer, key_states, value_states)
-        if end is not None:
-            self._length = end
-            return self._views()
-        end = self._length + key_states.shape[-2]
-        if end > buffers.capacity_tokens:
-            raise ValueError(f"{end} tokens do not fit into {buffers.capacity_tokens} cache slots")
-        keys, values = buffers.keys[self._layer], buffers.values[self._layer]
-        keys[:, :, self._length : end] = key_states
-        values[:, :, self._length : end] = value_states
-        self._length = end
-        return self._views()
-
-    def rewind(self) -> None:
-        """Count only restored tokens again, so that a pass can follow."""
-        self._length = self._cache.num_restored
-
-    def _views(self) -> tuple[Tensor, Tensor]:
-        buffers = self._cache.buffers
-        return (
-            buffers.keys[self._layer][:, :, : self._length],
-            buffers.values[self._layer][:, :, : self._length],
-        )
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that a query of this length will see."""
-        return self._length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Tokens in the layer; restored ones count from the beginning."""
-        return self._length
-
-    def get_max_length(self) -> int:
-        """No limit that transformers needs to know."""
-        return -1
-
 
 @contextmanager
 def open_restoring(
     adapter: ModelAdapter,
     composition: Composition,
     buffers: Buffers,
-    store: StateStore,
+    store: Readable,
     *,
+    work: Schedule | None = None,
+    prefixes: Prefixes | None = None,
     reference_mode: bool = False,
-) -> Iterator[RestoringCache]:
-    """A `RestoringCache` whose reading lane runs, and whose first forward pass reads only what is
-    fresh; leaving the block stops the lane and takes the hook off the model.
+    is_cancelled: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[RestoringCache, Execution]]:
+    """A cache that restores a composition, and whose first forward pass reads only what is fresh.
+
+    Reading has begun when the block is entered; call `Execution.recompute` before the first pass.
+    Leaving the block stops the reading lane and takes the hooks off the model.
+
+    Args:
+        work: the plan in steps; by default, everything that is stored is read.
+        prefixes: needed if the plan recomputes something.
     """
-    cache = RestoringCache(adapter, composition, buffers, reference_mode=reference_mode)
+    if work is None:
+        sizes = span_sizes(composition, prefixes)
+        work = schedule(adapter.spec, sizes, plan_restore(adapter.spec, sizes, None))
+    execution = Execution(
+        adapter,
+        composition,
+        work,
+        buffers,
+        prefixes=prefixes,
+        reference_mode=reference_mode,
+        is_cancelled=is_cancelled,
+    )
+    cache = RestoringCache(adapter, composition, buffers, execution.restore_layer)
+    if not cache.num_restored:
+        yield cache, execution
+        return
 
     def read_only_the_pass(
         _module: object, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
@@ -389,20 +354,19 @@ def open_restoring(
             return None
         return args, {**kwargs, **cache.pass_inputs()}
 
-    if not cache.num_restored:
-        yield cache
-        return
-    hook = adapter.model.register_forward_pre_hook(read_only_the_pass, with_kwargs=True)
+    def end_forward(
+        _module: object, _args: object, kwargs: dict[str, Any] | None = None, *_: object
+    ) -> None:
+        if kwargs is not None and kwargs.get("past_key_values") is cache:
+            execution.end_forward()
+
+    hooks = [
+        adapter.model.register_forward_pre_hook(read_only_the_pass, with_kwargs=True),
+        adapter.decoder.register_forward_hook(end_forward, with_kwargs=True),
+    ]
     try:
-        with (
-            store.reading() as reader,
-            ReadingLane(
-                lambda layer: cache.read_layer(reader, layer),
-                adapter.spec.num_layers,
-                STAGING_SLOTS,
-            ) as lane,
-        ):
-            cache.lane = lane
-            yield cache
+        with store.reading() as reader, execution.running(reader):
+            yield cache, execution
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()

@@ -6,12 +6,13 @@ are removed when their block ends. Knows neither storage nor plans.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -24,7 +25,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from hcache_kernels import fold_projection
 from hcache_rag.errors import ModelNotFoundError, UnsupportedModelError
-from hcache_rag.layout import Representation, StateLayout
+from hcache_rag.layout import Representation
 from hcache_rag.spec import ModelSpec
 
 
@@ -48,9 +49,12 @@ FAMILIES = {"llama": Family(), "mistral": Family(), "qwen2": Family()}
 
 @dataclass(frozen=True, slots=True)
 class CapturedLayer:
-    """A layer of a captured batch: (hidden (B, T, E), None) or (K before RoPE, V) (B, T, G * D)."""
+    """A layer of a captured batch: (hidden (B, T, E), None) or (K before RoPE, V) (B, T, G * D).
 
-    first: Tensor
+    Both are None where nothing was to be caught.
+    """
+
+    first: Tensor | None
     second: Tensor | None
 
 
@@ -90,7 +94,11 @@ class ModelAdapter:
         self.key_projections: list[Any] = [x.get_submodule(family.key) for x in self.layers]
         self.value_projections: list[Any] = [x.get_submodule(family.value) for x in self.layers]
         self.query_projections: list[Any] = [x.get_submodule(family.query) for x in self.layers]
-        self.spec = _spec(model, name or str(config.name_or_path or config.model_type))
+        self.spec = spec_of(
+            config,
+            name or str(config.name_or_path or config.model_type),
+            str(model.dtype).removeprefix("torch."),
+        )
         _check_projections(self)
 
     @property
@@ -148,44 +156,72 @@ class ModelAdapter:
         return cache
 
     def capture(
-        self, batch: Sequence[Sequence[int]], layout: StateLayout, after: DynamicCache
+        self,
+        batch: Sequence[Sequence[int]],
+        representations: Sequence[Representation],
+        after: DynamicCache,
     ) -> list[CapturedLayer]:
-        """Read a batch of documents after a prefix, and catch what `layout` keeps of each layer.
+        """Read a batch of documents after a prefix, and catch the inputs or K and V of its layers.
 
         Args:
             batch: B documents' token ids; shorter ones are padded on the right, where causal
                 attention keeps the padding from their tokens.
+            representations: what is caught of the first layers; those behind are not computed.
             after: the KV cache of the prefix, batch of one; it is left as it was.
 
         Returns:
-            One `CapturedLayer` per layer, padded to the longest document.
+            One `CapturedLayer` per representation, padded to the longest document.
         """
-        with self._catching(layout) as caught:
-            self.read_batch(batch, after)
-        return [CapturedLayer(*caught[layer]) for layer in range(self.spec.num_layers)]
+        with self._catching(representations) as caught:
+            self.read_batch(batch, after, num_layers=len(representations))
+        return [CapturedLayer(*layer) for layer in caught]
 
     @torch.no_grad()
-    def read_batch(self, batch: Sequence[Sequence[int]], after: DynamicCache) -> None:
-        """Run a padded batch of documents after a prefix, and keep nothing of it."""
+    def read_batch(
+        self,
+        batch: Sequence[Sequence[int]],
+        after: DynamicCache,
+        *,
+        num_layers: int | None = None,
+    ) -> None:
+        """Run a padded batch of documents after a prefix through first layers, see `capture`."""
         longest = max(len(ids) for ids in batch)
         ids = torch.zeros((len(batch), longest), dtype=torch.long, device=self.device)
         for row, document in enumerate(batch):
             ids[row, : len(document)] = torch.tensor(document, device=self.device)
         cache = _repeat(after, len(batch))
-        self.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+        with self._stopping_before(num_layers), suppress(_EnoughLayers):
+            self.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
 
     @contextmanager
-    def _catching(self, layout: StateLayout) -> Iterator[dict[int, list[Any]]]:
-        caught: dict[int, list[Any]] = {i: [None, None] for i in range(self.spec.num_layers)}
+    def _stopping_before(self, layer: int | None) -> Iterator[None]:
+        """End this thread's forward pass when it comes to a layer, None for never."""
+        if layer is None or layer >= self.spec.num_layers:
+            yield
+            return
+
+        def stop(_input: Tensor) -> None:
+            raise _EnoughLayers
+
+        with inputs_of(self.layers[layer], stop):
+            yield
+
+    @contextmanager
+    def _catching(self, representations: Sequence[Representation]) -> Iterator[list[list[Any]]]:
+        caught: list[list[Any]] = [[None, None] for _ in representations]
         with ExitStack() as hooks:
-            for i, fmt in enumerate(layout.layers):
+            for i, representation in enumerate(representations):
                 put = caught[i].__setitem__
-                if fmt.representation is Representation.HIDDEN:
+                if representation is Representation.HIDDEN:
                     hooks.enter_context(inputs_of(self.norms[i], partial(put, 0)))
-                else:
+                elif representation is Representation.KV:
                     hooks.enter_context(outputs_of(self.key_projections[i], partial(put, 0)))
                     hooks.enter_context(outputs_of(self.value_projections[i], partial(put, 1)))
             yield caught
+
+
+class _EnoughLayers(Exception):  # noqa: N818 - not an error: the answer to a layer too many
+    """A forward pass has come to the first layer that nobody asked for."""
 
 
 @contextmanager
@@ -234,16 +270,14 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(state.encode()).hexdigest()
 
 
-def load_model(
-    path: str, *, dtype: str = "float32", device: str = "cpu"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer from a folder, offline.
+def load_config(path: str) -> Any:
+    """The configuration of the model in a folder, without its weights, offline.
 
     Raises:
-        ModelNotFoundError: the folder holds no model that transformers can load.
+        ModelNotFoundError: the folder holds no model.
         UnsupportedModelError: the family is not supported.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig
 
     if not os.path.isdir(path):
         raise ModelNotFoundError(f"{path} is not a model: no such folder")
@@ -257,6 +291,21 @@ def load_model(
         raise UnsupportedModelError(
             f"{path} is of family {config.model_type!r}, which is not supported; supported: {known}"
         )
+    return config
+
+
+def load_model(
+    path: str, *, dtype: str = "float32", device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer from a folder, offline.
+
+    Raises:
+        ModelNotFoundError: the folder holds no model that transformers can load.
+        UnsupportedModelError: the family is not supported.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    load_config(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype(dtype))
@@ -276,14 +325,28 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def tensor_of(words: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
+    """An array's memory as a tensor of elements of the same width; nothing is copied.
+
+    The array may be read-only: the tensor must not be written then, nor outlive the array's
+    memory, which it does not keep alive.
+    """
+    address = words.__array_interface__["data"][0]
+    if address % dtype.itemsize:  # LMDB puts small values anywhere
+        words = words.copy()
+        return torch.from_numpy(words).view(dtype)
+    memory = (ctypes.c_char * words.nbytes).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype).view(words.shape)
+
+
 def bit_words(tensor: Tensor) -> np.ndarray[Any, Any]:
     """A CPU tensor's memory as unsigned integers of the same width, shape kept."""
     word = {4: torch.uint32, 2: torch.uint16}[tensor.element_size()]
     return tensor.view(word).numpy()
 
 
-def _spec(model: PreTrainedModel, name: str) -> ModelSpec:
-    config: Any = model.config
+def spec_of(config: Any, name: str, dtype: str) -> ModelSpec:
+    """The numbers of a model, from its transformers configuration."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     window = int(config.max_position_embeddings)
     sliding = getattr(config, "sliding_window", None)
@@ -298,7 +361,8 @@ def _spec(model: PreTrainedModel, name: str) -> ModelSpec:
         num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_dim=head_dim,
         window_tokens=window,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype,
+        mlp_size=int(config.intermediate_size),
     )
 
 

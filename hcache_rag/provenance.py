@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hcache_rag.timeline import Timeline
+
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
@@ -21,7 +23,10 @@ class Provenance:
         documents_restored, documents_missed: the same, in documents.
         bytes_read: from the store, headers included.
         seconds: by stage: "match", "compose", "first_token" (from the call to the first token),
-            and of these "reading" (on the reading lane), "waiting" and "projecting".
+            and of these "reading" (on the reading lane), "waiting", "recomputing", "restoring",
+            "restored" (from the beginning of reading to the end of the first forward pass) and
+            what was "predicted" for that.
+        plan: what was read and recomputed, and why.
         warnings: why states that should have been used were not.
     """
 
@@ -35,6 +40,7 @@ class Provenance:
     documents_missed: int = 0
     bytes_read: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    plan: str = ""
     warnings: tuple[str, ...] = ()
 
     @property
@@ -56,3 +62,5 @@ class Generation:
     finish_reason: str
     """"stop" (the model ended it, or a stop string), "length" or "cancelled"."""
     provenance: Provenance
+    timeline: Timeline = field(default_factory=lambda: Timeline(()), repr=False)
+    """When each step of restoring ran."""

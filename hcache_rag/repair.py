@@ -17,12 +17,28 @@ import torch
 from torch import Tensor
 
 from hcache_kernels import reference
+from hcache_rag.cache import RestoringCache
 from hcache_rag.compose import Composition
-from hcache_rag.executor import RestoringCache
 from hcache_rag.models import ModelAdapter, outputs_of
 
 FIDELITY_SHARES = {"none": 0.0, "fast": 0.05, "balanced": 0.15, "high": 0.30}
 """The dial's named positions: the share of relocated tokens that is repaired."""
+
+
+def repair_share(fidelity: str | float) -> float:
+    """The share of relocated tokens that a position of the dial, or a number, repairs.
+
+    Raises:
+        ValueError: neither a position nor a share from 0 to 1.
+    """
+    if isinstance(fidelity, str):
+        known = {"exact": 0.0, **FIDELITY_SHARES}
+        if fidelity not in known:
+            raise ValueError(f"fidelity is a number or one of {', '.join(known)}, not {fidelity!r}")
+        return known[fidelity]
+    if isinstance(fidelity, bool) or not 0 <= fidelity <= 1:
+        raise ValueError(f"fidelity is a share from 0 to 1, not {fidelity!r}")
+    return float(fidelity)
 
 
 def select_tokens(

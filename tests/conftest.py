@@ -7,12 +7,15 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import Outcome, Run
+from fakes import WordEmbedding
 from tiny import byte_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -77,3 +80,22 @@ def pytest_make_parametrize_id(config: Any, val: Any) -> str | None:
     """Readable ids for dataclasses that name themselves."""
     label = getattr(val, "label", None)
     return label if isinstance(label, str) else None
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process, with an embedding that needs no model."""
+    from hcache_rag.cli import main
+
+    embedding = WordEmbedding("all-MiniLM-L6-v2")
+    monkeypatch.setattr("hcache_rag.llama_index.retriever.default_embedding", lambda: embedding)
+
+    def call(*arguments: str | Path) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["hcache-rag", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capfd.readouterr()
+        return Outcome(stop.value.code, captured.out, captured.err)
+
+    return call

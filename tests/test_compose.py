@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcache_rag.compose import MIN_PREAMBLE_TOKENS, Composition, compose
-from hcache_rag.layout import Representation, StateLayout
+from hcache_rag.layout import LayerFormat, Representation, StateLayout
 from hcache_rag.state import StateKey, StateRecord, TokenIds, child_key, root_key, token_array
 
 ROOT = root_key("model", "tokenizer")
-LAYOUT = StateLayout.of([Representation.KV], "float32")
+LAYOUT = StateLayout((LayerFormat(Representation.KV, "float32"),))
 Pieces = Sequence[tuple[TokenIds, StateRecord | None]]
 
 

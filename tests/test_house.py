@@ -14,7 +14,15 @@ import pytest
 import hcache_rag
 
 REPOSITORY = Path(__file__).parent.parent
-HEAVY = ("torch", "transformers", "llama_index", "lmdb", "faiss", "sentence_transformers")
+HEAVY = (
+    "torch",
+    "transformers",
+    "llama_index",
+    "lmdb",
+    "faiss",
+    "sentence_transformers",
+    "matplotlib",
+)
 
 
 def loaded_by(statement: str) -> list[str]:
@@ -41,8 +49,24 @@ def test_listing_the_package_loads_nothing_heavy() -> None:
 
 
 def test_the_planner_loads_nothing_heavy() -> None:
-    """It runs where nothing is installed."""
-    modules = ("errors", "spec", "layout", "plan", "lanes", "state", "compose", "codec")
+    """It runs where nothing is installed: profiles, layouts, plans, simulations, drawings."""
+    modules = (
+        "errors",
+        "spec",
+        "layout",
+        "profile",
+        "presets",
+        "choice",
+        "plan",
+        "schedule",
+        "planner",
+        "timeline",
+        "lanes",
+        "state",
+        "compose",
+        "codec",
+        "provenance",
+    )
     assert loaded_by(f"from hcache_rag import {', '.join(modules)}") == []
 
 

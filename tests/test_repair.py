@@ -14,7 +14,8 @@ from tiny import SHAPES, Shape, tiny_model
 from transformers import PreTrainedTokenizerBase
 
 from hcache_rag import GenerationOptions, HCacheEngine
-from hcache_rag.executor import RestoringCache, open_restoring
+from hcache_rag.cache import RestoringCache
+from hcache_rag.executor import open_restoring
 from hcache_rag.repair import FIDELITY_SHARES, begin_repair, last_row_scores, select_tokens
 
 PREAMBLE = "You answer from these passages.\n"
@@ -28,7 +29,9 @@ GREEDY = GenerationOptions(max_new_tokens=16, temperature=0)
 
 
 def engine(model: Any, tokenizer: Any, folder: Path, **options: Any) -> HCacheEngine:
-    made = HCacheEngine(model, tokenizer, folder, preamble=PREAMBLE, **options)
+    made = HCacheEngine(
+        model, tokenizer, folder, preamble=PREAMBLE, storage_dtype="float32", **options
+    )
     made.precompute(DOCUMENTS)
     return made
 
@@ -43,7 +46,7 @@ def run_over(
     with (
         torch.no_grad(),
         one._buffers.borrow(ids.shape[1] + 1) as buffers,
-        open_restoring(one.adapter, composition, buffers, one.store) as cache,
+        open_restoring(one.adapter, composition, buffers, one.store) as (cache, _),
     ):
         repaired = begin_repair(one.adapter, cache, share)
         output = one.adapter.model(input_ids=ids, past_key_values=cache)
@@ -93,14 +96,14 @@ def test_scores_are_the_last_row_of_attention(
         with one._buffers.borrow(len(composition.token_ids) + 1) as buffers:
             with (
                 torch.no_grad(),
-                open_restoring(one.adapter, composition, buffers, one.store) as cache,
+                open_restoring(one.adapter, composition, buffers, one.store) as (cache, _),
             ):
                 ids = torch.tensor([composition.token_ids.tolist()])
                 attentions = model(
                     input_ids=ids, past_key_values=cache, output_attentions=True
                 ).attentions
             expected = sum(row[0, :, -1].sum(0) for row in attentions)[: composition.num_restored]
-            with open_restoring(one.adapter, composition, buffers, one.store) as cache:
+            with open_restoring(one.adapter, composition, buffers, one.store) as (cache, _):
                 scores = last_row_scores(one.adapter, cache)
     np.testing.assert_allclose(scores, expected.numpy(), rtol=1e-4, atol=1e-5)
     assert not any(m._forward_hooks for m in one.adapter.query_projections)

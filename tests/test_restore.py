@@ -44,10 +44,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hcache_rag import GenerationOptions, HCacheEngine, PromptTooLongError, StateStore
+from hcache_rag.choice import choose_layout, fixed_layout
 from hcache_rag.compose import MIN_PREAMBLE_TOKENS
 from hcache_rag.executor import open_restoring
+from hcache_rag.layout import StateLayout
 from hcache_rag.models import ModelAdapter
-from hcache_rag.plan import choose_layout
 from hcache_rag.prompt import ANCHOR_CHARS, MIN_CUT_CHARS
 from hcache_rag.repair import last_row_scores
 from hcache_rag.state import StateRecord
@@ -60,10 +61,11 @@ SUPPRESSED = range(94, VOCABULARY)
 PRINTABLE = {"suppress_tokens": list(SUPPRESSED)}
 REPRESENTATIONS = ["hidden", "kv"]
 WITH_MIXED = [*REPRESENTATIONS, "mixed"]
+CHUNK_TOKENS = 64
 ROUNDING = 1e-5
 """What float32 sums in another order may differ by, where K and V are of order 1."""
 FAR = max(SHAPES, key=lambda shape: shape.layers)
-"""Its last layer is read only when the forward pass is under way: reading is four layers ahead."""
+"""The shape whose first and last layer are furthest apart."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -116,14 +118,24 @@ def engine_of(
     **more: Any,
 ) -> HCacheEngine:
     """An engine that restores every document as it was stored; `mixed` alternates layers."""
-    layers = model.config.num_hidden_layers
-    mixed = [("hidden", "kv")[i % 2] for i in range(layers)]
     keep: dict[str, Any] = {
         "preamble": PREAMBLE,
-        "representation": mixed if representation == "mixed" else representation,
+        "representation": layout_of(model, representation),
         "fidelity": "none",
     }
     return HCacheEngine(model, tokenizer, store, **{**keep, **more})
+
+
+def layout_of(model: PreTrainedModel, representation: str) -> StateLayout:
+    """All layers in one representation, or `mixed`; chunks so small that documents have several."""
+    spec = ModelAdapter(model).spec
+    mixed = [("hidden", "kv")[i % 2] for i in range(spec.num_layers)]
+    if representation == "auto":
+        chosen = choose_layout(spec, hidden_dtype=spec.dtype, kv_dtype=spec.dtype)
+    else:
+        asked = mixed if representation == "mixed" else representation
+        chosen = fixed_layout(spec, asked, spec.dtype)
+    return StateLayout(chosen.layout.layers, CHUNK_TOKENS)
 
 
 def block_reading(
@@ -1445,7 +1457,7 @@ def test_a_request_may_end_while_another_begins(talker: HCacheEngine) -> None:
     def open_cache(stack: ExitStack) -> Any:
         buffers = stack.enter_context(talker._buffers.borrow(ids.shape[1]))
         opened = open_restoring(talker.adapter, composition, buffers, talker.store)
-        return stack.enter_context(opened)
+        return stack.enter_context(opened)[0]
 
     with torch.no_grad(), ExitStack() as stack, other:
         cache = open_cache(stack)
@@ -1486,13 +1498,15 @@ def test_a_capture_is_not_disturbed_by_another_threads_forward_pass(representati
     """
     model = tiny_model(FAR)
     adapter = ModelAdapter(model)
-    layout = choose_layout(adapter.spec, representation).layout
+    layout = fixed_layout(adapter.spec, representation).layout
+    kinds = [fmt.representation for fmt in layout.layers]
     ids, others = (encode(TOKENIZER, text, is_document=True) for text in (A, C[: len(A)]))
     after = adapter.prefill([])
-    alone = [_clone(layer.first, layer.second) for layer in adapter.capture([ids], layout, after)]
+    alone = [_clone(layer.first, layer.second) for layer in adapter.capture([ids], kinds, after)]
     with reading_elsewhere(model, others):
-        captured = adapter.capture([ids], layout, after)
+        captured = adapter.capture([ids], kinds, after)
     for (first, second), layer in zip(alone, captured, strict=True):
+        assert layer.first is not None
         assert torch.equal(layer.first, first)
         if second is not None:
             assert layer.second is not None
@@ -1511,7 +1525,7 @@ def test_scores_for_repair_are_not_disturbed_by_another_threads_forward_pass(
     def scores() -> list[float]:
         with (
             engine._buffers.borrow(len(composition.token_ids)) as buffers,
-            open_restoring(engine.adapter, composition, buffers, store) as cache,
+            open_restoring(engine.adapter, composition, buffers, store) as (cache, _),
         ):
             return [float(score) for score in last_row_scores(engine.adapter, cache)]
 
@@ -1521,7 +1535,8 @@ def test_scores_for_repair_are_not_disturbed_by_another_threads_forward_pass(
         assert scores() == alone
 
 
-def _clone(first: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _clone(first: Tensor | None, second: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    assert first is not None
     return first.clone(), None if second is None else second.clone()
 
 

@@ -110,6 +110,7 @@ def engines(
         keep: dict[str, Any] = {
             "preamble": PREAMBLE,
             "representation": representation,
+            "storage_dtype": "float32",
             "fidelity": "none",
         }
         reference = HCacheEngine(model, tokenizer, store, reference_mode=True, **keep)
@@ -311,7 +312,14 @@ def test_control_tokens_in_a_document_stay_text(smollm2: Loaded, store: StateSto
     model, tokenizer = smollm2
     text = "In the chat format <|im_start|>user opens a turn and <|im_end|> ends it.<|im_end|>"
     parts = [Part(PREAMBLE), document(text), Part(QUESTION)]
-    engine = HCacheEngine(model, tokenizer, store, preamble=PREAMBLE, reference_mode=True)
+    engine = HCacheEngine(
+        model,
+        tokenizer,
+        store,
+        preamble=PREAMBLE,
+        storage_dtype="float32",
+        reference_mode=True,
+    )
     engine.precompute([text])
     composition, ours = restore(engine, joined(parts))
     steps = [encode_part(tokenizer, part) for part in parts]

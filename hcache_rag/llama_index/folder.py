@@ -22,12 +22,16 @@ from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
 from llama_index_instrumentation.event_handlers import BaseEventHandler
 
+from hcache_rag.bundled import cache_folder
 from hcache_rag.errors import SourceError
 from hcache_rag.indexing import PrecomputeReport
 from hcache_rag.llama_index.events import StateRestoreEvent
 from hcache_rag.llama_index.llm import HCacheLLM
 from hcache_rag.llama_index.retriever import STATES, HCacheRetriever
 from hcache_rag.llama_index.vectors import read_manifest
+from hcache_rag.measure import find_profile, measure
+from hcache_rag.models import ModelAdapter
+from hcache_rag.profile import PROFILE_NAME, HardwareProfile
 from hcache_rag.sources import FolderContents
 from hcache_rag.store import StateStore
 
@@ -42,14 +46,16 @@ class ModelChoice:
         model: a folder; None is the bundled model.
         dtype: what it is loaded as.
         representation: what its states keep.
+        storage_dtype: what they are stored in; None is the library's choice.
     """
 
     model: str | None = None
     dtype: str = "float32"
     representation: str = "auto"
+    storage_dtype: str | None = None
 
-    def load(self, persist_dir: Path, **options: Any) -> HCacheLLM:
-        """The LLM with its states in `persist_dir`.
+    def load(self, persist_dir: Path | None, **options: Any) -> HCacheLLM:
+        """The LLM with its states in `persist_dir`, or with no store yet.
 
         Raises:
             ModelNotFoundError, UnsupportedModelError, StoreOpenError: see there.
@@ -58,7 +64,8 @@ class ModelChoice:
             self.model,
             dtype=self.dtype,
             representation=self.representation,
-            store=persist_dir / STATES,
+            storage_dtype=self.storage_dtype,
+            store=persist_dir / STATES if persist_dir is not None else None,
             **options,
         )
 
@@ -100,14 +107,61 @@ def index_folder(
     choice: ModelChoice,
     *,
     on_progress: Callable[[int, int], None] | None = None,
+    on_measure: Callable[[str], None] | None = None,
 ) -> tuple[PrecomputeReport, HCacheLLM]:
-    """Index a folder's files into `persist_dir`; what is there already is not read again."""
-    llm = choice.load(persist_dir)
+    """Index a folder's files into `persist_dir`; what is there already is not read again.
+
+    Args:
+        on_measure: told what is being timed while the machine is measured, which is done, shortly,
+            where the states have no profile of it; None leaves it unmeasured.
+    """
+    llm = choice.load(None)
+    if on_measure is not None:
+        _ensure_profile(llm.adapter, persist_dir / STATES, on_measure)
     retriever = HCacheRetriever.from_documents(
         documents_of(contents), llm=llm, persist_dir=persist_dir, on_progress=on_progress
     )
     choice.save(persist_dir)
     return retriever.report or PrecomputeReport(), llm
+
+
+def _ensure_profile(adapter: ModelAdapter, states: Path, on_step: Callable[[str], None]) -> None:
+    StateStore.open(states).close()  # a folder that cannot hold states is found out first
+    if find_profile(states) is None:
+        measure(adapter, states, quick=True, on_step=on_step).save(states / PROFILE_NAME)
+
+
+def measure_machine(
+    persist_dir: Path,
+    model: str | None,
+    dtype: str,
+    *,
+    quick: bool,
+    on_step: Callable[[str], None],
+) -> tuple[HardwareProfile, Path]:
+    """Measure this machine for a model, by default that of the index in `persist_dir`.
+
+    The profile is kept beside the states, and as this machine's newest in the user's cache folder.
+
+    Returns:
+        The profile, and its path beside the states.
+    """
+    is_index = model is None and (persist_dir / _MODEL).is_file()
+    choice = ModelChoice.of(persist_dir) if is_index else ModelChoice(model, dtype)
+    llm = choice.load(None)
+    states = persist_dir / STATES
+    StateStore.open(states).close()
+    found = measure(llm.adapter, states, quick=quick, on_step=on_step)
+    beside, newest = profile_paths(persist_dir)
+    newest.parent.mkdir(parents=True, exist_ok=True)
+    for path in (newest, beside):
+        found.save(path)
+    return found, beside
+
+
+def profile_paths(persist_dir: Path) -> tuple[Path, Path]:
+    """Where `measure_machine` keeps a profile: beside the states, and in the cache folder."""
+    return persist_dir / STATES / PROFILE_NAME, cache_folder() / PROFILE_NAME
 
 
 @dataclass(frozen=True, slots=True)

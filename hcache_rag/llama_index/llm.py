@@ -10,7 +10,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -33,8 +33,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hcache_rag.bundled import MODEL_NAME, default_model_path
 from hcache_rag.engine import Fidelity, HCacheEngine
 from hcache_rag.generation import GenerationOptions
+from hcache_rag.layout import StateLayout
 from hcache_rag.llama_index.events import report_restore
 from hcache_rag.models import ModelAdapter, load_model
+from hcache_rag.profile import HardwareProfile
 from hcache_rag.prompt import Tokenization
 from hcache_rag.provenance import Generation
 from hcache_rag.store import StateStore
@@ -57,7 +59,9 @@ class HCacheLLM(CustomLLM):
         dtype: what `model_name` is loaded as, "float32" or "bfloat16".
         max_new_tokens: the longest answer.
         temperature: 0 (the default) decodes greedily.
-        representation: "auto", "hidden", "kv", or one of the latter two per layer.
+        representation: "auto", "hidden", "kv", one of the latter two per layer, or a layout.
+        storage_dtype: what states are stored in, see `HCacheEngine`.
+        profile: the machine, see `HCacheEngine`.
         fidelity: how close to full prefill answers are: "exact", "high", "balanced" (the
             default), "fast", "none", or the share of relocated tokens that is repaired.
         tokenization: "segmented", or "strict" for token ids equal to transformers'.
@@ -98,7 +102,9 @@ class HCacheLLM(CustomLLM):
     _model: PreTrainedModel = PrivateAttr()
     _adapter: ModelAdapter = PrivateAttr()
     _tokenizer: PreTrainedTokenizerBase = PrivateAttr()
-    _representation: str | Sequence[str] = PrivateAttr()
+    _representation: str | Sequence[str] | StateLayout = PrivateAttr()
+    _storage_dtype: str | None = PrivateAttr()
+    _profile: HardwareProfile | Literal["auto"] | None = PrivateAttr()
     _template: BasePromptTemplate | None = PrivateAttr()
     _store: StateStore | None = PrivateAttr()
     _owns_store: bool = PrivateAttr()
@@ -118,7 +124,9 @@ class HCacheLLM(CustomLLM):
         dtype: str = "float32",
         max_new_tokens: int = 256,
         temperature: float = 0.0,
-        representation: str | Sequence[str] = "auto",
+        representation: str | Sequence[str] | StateLayout = "auto",
+        storage_dtype: str | None = None,
+        profile: HardwareProfile | Literal["auto"] | None = "auto",
         fidelity: Fidelity = "balanced",
         tokenization: Tokenization = "segmented",
         is_chat_model: bool | None = None,
@@ -160,6 +168,8 @@ class HCacheLLM(CustomLLM):
         self._model, self._tokenizer = model, tokenizer
         self._adapter = ModelAdapter(model, name)  # refuses an unsupported model at once
         self._representation = representation
+        self._storage_dtype = storage_dtype
+        self._profile = profile
         self._template = text_qa_template
         self._reference_mode = reference_mode
         self._temporary = None
@@ -198,6 +208,11 @@ class HCacheLLM(CustomLLM):
                 self._store = StateStore.open(self._temporary.name)
                 self._engine = self._new_engine(self._store)
             return self._engine
+
+    @property
+    def adapter(self) -> ModelAdapter:
+        """The model as capturing and restoring see it."""
+        return self._adapter
 
     @property
     def has_store(self) -> bool:
@@ -343,6 +358,8 @@ class HCacheLLM(CustomLLM):
             preamble=self.preamble,
             add_bos=not self.is_chat_model,
             representation=self._representation,
+            storage_dtype=self._storage_dtype,
+            profile=self._profile,
             fidelity=self.fidelity,  # type: ignore[arg-type]
             tokenization=self.tokenization,  # type: ignore[arg-type]
             reference_mode=self._reference_mode,
