@@ -10,6 +10,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 DOCUMENTED := $(addprefix hcache_rag.,engine store generation streaming provenance errors bundled \
+	measure profile presets choice plan planner simulate timeline layout quality \
 	llama_index llama_index.llm llama_index.retriever llama_index.precompute) \
 	hcache_kernels hcache_indexers.local
 

@@ -14,25 +14,50 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fakes import WordEmbedding, save_gpt2, save_tiny_model
+from commands import Outcome, Run, assert_one_error_line, assert_usage_error
+from fakes import save_gpt2, save_tiny_model
 from tiny import Shape, byte_tokenizer, tiny_model
 
 from hcache_rag import StateStore
-from hcache_rag.cli import main
 from hcache_rag.llama_index.vectors import VectorIndex
 
 COMMANDS = {
-    "index": ["FOLDER", "--store", "--model", "--dtype", "--representation", "--json"],
+    "index": [
+        "FOLDER",
+        "--store",
+        "--model",
+        "--dtype",
+        "--representation",
+        "--storage-dtype",
+        "--no-measure",
+        "--json",
+    ],
     "ask": ["QUESTION", "--store", "--top-k", "--max-new-tokens", "--json"],
     "stats": ["--store", "--json"],
     "doctor": ["--store", "--model", "--json"],
+    "profile": ["--store", "--model", "--dtype", "--quick", "--json"],
+    "plan": [
+        "--model",
+        "--tokens",
+        "--documents",
+        "--fresh",
+        "--hardware",
+        "--objective",
+        "--hidden-dtype",
+        "--kv-dtype",
+        "--store",
+        "--draw",
+        "--trace",
+        "--list",
+        "--json",
+    ],
+    "simulate": ["--json"],
 }
 TEXTS = {
     "a.txt": "Mercury is the smallest planet and the closest one to the Sun.",
@@ -65,41 +90,6 @@ def folder(tmp_path: Path) -> Path:
     return write(tmp_path / "docs", TEXTS)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a run left behind."""
-
-    code: object
-    out: str
-    err: str
-
-    @property
-    def complaints(self) -> list[str]:
-        """Lines on stderr that do not name a file that was passed over."""
-        lines = [line for line in self.err.splitlines() if line.strip()]
-        return [line for line in lines if not line.startswith("skipped ")]
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command in this process, with an embedding that needs no model."""
-    embedding = WordEmbedding("all-MiniLM-L6-v2")
-    monkeypatch.setattr("hcache_rag.llama_index.retriever.default_embedding", lambda: embedding)
-
-    def call(*arguments: str | Path) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["hcache-rag", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capfd.readouterr()
-        return Outcome(stop.value.code, captured.out, captured.err)
-
-    return call
-
-
 def write(folder: Path, texts: dict[str, str]) -> Path:
     for name, text in texts.items():
         path = folder / name
@@ -118,25 +108,6 @@ def in_a_process(*arguments: str | Path) -> Outcome:
         timeout=300,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
-
-
-def assert_one_error_line(outcome: Outcome, expected: str) -> None:
-    """Failed with one line on stderr that says `expected`, and nothing on stdout."""
-    assert outcome.code not in (0, None)
-    assert outcome.out == ""
-    [line] = outcome.complaints
-    assert line.startswith("error: ")
-    assert expected in line
-
-
-def assert_usage_error(outcome: Outcome, expected: str) -> None:
-    """Failed with the usage and one error that says `expected`, without a traceback."""
-    assert outcome.code == 2
-    assert outcome.out == ""
-    assert "Traceback" not in outcome.err
-    assert sum("error" in line.lower() for line in outcome.err.splitlines()) == 1
-    assert expected in outcome.err
-    assert len(outcome.complaints) <= 6
 
 
 # Help.

@@ -44,7 +44,7 @@ def test_shell_commands_exist() -> None:
     from hcache_rag.cli.app import app
 
     commands = set(re.findall(r"^hcache-rag (\w+)", README, re.MULTILINE))
-    assert commands == {"index", "ask", "stats", "doctor"}
+    assert commands == {"index", "ask", "stats", "profile", "plan", "simulate", "doctor"}
     for command in commands:
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
 

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from hcache_rag.errors import HCacheError
+from hcache_rag.cli import planning
+from hcache_rag.cli.console import (
+    DEFAULT_STORE,
+    JsonOption,
+    StoreOption,
+    err,
+    one_of,
+    out,
+    print_json,
+    quiet_transformers,
+    reported,
+    say,
+    size,
+    status,
+)
+from hcache_rag.layout import STORAGE_DTYPES, Representation
 
 app = typer.Typer(
     name="hcache-rag",
@@ -27,15 +39,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_out = Console()
-_err = Console(stderr=True)
-_P = ParamSpec("_P")
-
-StoreOption = Annotated[
-    Path, typer.Option("--store", "-s", help="Folder that holds the index and the states.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-DEFAULT_STORE = Path("hcache-store")
 
 
 def main() -> None:
@@ -44,29 +47,8 @@ def main() -> None:
     app()
 
 
-def _reported(command: Callable[_P, None]) -> Callable[_P, None]:
-    @wraps(command)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except KeyboardInterrupt:
-            rest = "; what was stored stays, the next run goes on from there"
-            _say(_err, "interrupted", "yellow", rest)
-            raise typer.Exit(130) from None
-        except HCacheError as error:
-            _say(_err, "error:", "red", f" {error}")
-            raise typer.Exit(1) from None
-
-    return run
-
-
-def _say(console: Console, label: str, style: str, text: str) -> None:
-    """One line with a coloured beginning; nothing in `text` is markup."""
-    console.print(Text.assemble((label, style), text), soft_wrap=True)
-
-
 @app.command()
-@_reported
+@reported
 def index(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="Folder of text files, searched recursively.")
@@ -80,25 +62,39 @@ def index(
     representation: Annotated[
         str, typer.Option(help="What states keep: auto, hidden or kv.")
     ] = "auto",
+    storage_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16, float16, int8 or int8-g64.  [default: by measurement]"
+        ),
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(help="Measure this machine first (some seconds), if that was not done yet."),
+    ] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Read every document of FOLDER once and keep its states."""
     from hcache_rag.sources import read_folder
 
-    _one_of("--dtype", dtype, ("float32", "bfloat16"))
-    _one_of("--representation", representation, ("auto", "hidden", "kv"))
+    one_of("--dtype", dtype, ("float32", "bfloat16"))
+    one_of("--representation", representation, ("auto", "hidden", "kv"))
+    if storage_dtype is not None:
+        known = STORAGE_DTYPES[Representation("kv" if representation == "kv" else "hidden")]
+        one_of("--storage-dtype", storage_dtype, known)
     contents = read_folder(folder)
     for name, reason in contents.skipped:
-        _say(_err, "skipped", "yellow", f" {name}: {reason}")
-    with _quiet_transformers(), _status("loading the model", not as_json):
+        say(err, "skipped", "yellow", f" {name}: {reason}")
+    with quiet_transformers(), status("loading the model", not as_json):
         from hcache_rag.llama_index.folder import ModelChoice, index_folder
     persist_dir = store.expanduser()
-    with _quiet_transformers(), _reading_bar(not as_json) as on_progress:
+    with quiet_transformers(), _reading_bar(not as_json) as on_progress:
         report, llm = index_folder(
             contents,
             persist_dir,
-            ModelChoice(model and os.path.abspath(model), dtype, representation),
+            ModelChoice(model and os.path.abspath(model), dtype, representation, storage_dtype),
             on_progress=on_progress,
+            on_measure=(lambda _step: None) if measure else None,
         )
     choice = llm.engine.choice
     result = {
@@ -113,26 +109,26 @@ def index(
     }
     llm.close()
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
-    _out.print(
+    out.print(
         f"[bold]{report.stored}[/] document(s) read, [bold]{report.reused}[/] were there already, "
         f"{len(contents.skipped)} file(s) skipped"
     )
     if report.stored:
         rate = report.stored_tokens / report.seconds
-        _out.print(
+        out.print(
             f"{report.stored_tokens:,} tokens in {report.seconds:.1f} s ({rate:,.0f} tokens/s), "
-            f"{_size(report.stored_bytes)} of states"
+            f"{size(report.stored_bytes)} of states"
         )
     for text, reason in report.skipped:
-        _say(_out, "not stored", "yellow", f" {text!r}: {reason}")
-    _say(_out, "each layer keeps ", "", f"{choice.layout}; {choice.reason}")
-    _say(_out, "now try: ", "", f'hcache-rag ask "..." --store {store}')
+        say(out, "not stored", "yellow", f" {text!r}: {reason}")
+    say(out, "each layer keeps ", "", f"{choice.layout}; {choice.reason}")
+    say(out, "now try: ", "", f'hcache-rag ask "..." --store {store}')
 
 
 @app.command()
-@_reported
+@reported
 def ask(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What you want to know.")],
     store: StoreOption = DEFAULT_STORE,
@@ -144,45 +140,45 @@ def ask(
     as_json: JsonOption = False,
 ) -> None:
     """Answer QUESTION from an index."""
-    _one_of("--fidelity", fidelity, ("exact", "high", "balanced", "fast", "none"))
+    one_of("--fidelity", fidelity, ("exact", "high", "balanced", "fast", "none"))
     from hcache_rag.llama_index.vectors import read_manifest
 
     persist_dir = store.expanduser()
     read_manifest(persist_dir)
-    with _quiet_transformers(), _status("loading the model", not as_json):
+    with quiet_transformers(), status("loading the model", not as_json):
         from hcache_rag.llama_index.folder import ModelChoice
         from hcache_rag.llama_index.folder import ask as ask_index
 
         llm = ModelChoice.of(persist_dir).load(
             persist_dir, max_new_tokens=max_new_tokens, fidelity=fidelity
         )
-    with _quiet_transformers():
+    with quiet_transformers():
         answer = ask_index(
             persist_dir,
             llm,
             question,
             top_k=top_k,
-            on_text=None if as_json else lambda text: _out.out(text, end="", highlight=False),
+            on_text=None if as_json else lambda text: out.out(text, end="", highlight=False),
         )
     llm.close()
     if as_json:
-        _print_json(asdict(answer))
+        print_json(asdict(answer))
         return
     tokens = answer.provenance
-    _out.print()
+    out.print()
     account = (
         f"first text after {answer.first_text_s * 1e3:,.0f} ms · {tokens['restored_tokens']:,} of "
         f"{tokens['prompt_tokens']:,} prompt tokens restored, {tokens['fresh_tokens']:,} read, "
         f"{tokens['repaired_tokens']:,} repaired · "
-        f"{_size(tokens['bytes_read'])} from the store · from {', '.join(answer.sources)}"
+        f"{size(tokens['bytes_read'])} from the store · from {', '.join(answer.sources)}"
     )
-    _say(_err, account, "dim", "")
+    say(err, account, "dim", "")
     for warning in tokens["warnings"]:
-        _say(_err, "warning:", "yellow", f" {warning}")
+        say(err, "warning:", "yellow", f" {warning}")
 
 
 @app.command()
-@_reported
+@reported
 def stats(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
     """Show what a store holds."""
     from hcache_rag.llama_index.folder import open_states
@@ -190,7 +186,7 @@ def stats(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> No
     with open_states(store) as states:
         result = asdict(states.stats())
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     table = Table(title=Text(str(store)), show_header=False)
     table.add_row("documents", f"{result['documents']:,}")
@@ -198,16 +194,20 @@ def stats(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> No
     table.add_row("preambles", f"{result['preambles']:,}")
     if result["unreadable"]:
         table.add_row("unreadable records", f"{result['unreadable']:,}")
-    table.add_row("bytes on disk", _size(result["file_bytes"]))
+    table.add_row("bytes on disk", size(result["file_bytes"]))
     for name, count in result["models"].items():
         table.add_row(Text(f"documents of {name}"), f"{count:,}")
     for name, layout in result["layouts"].items():
         table.add_row(Text(f"states of {name} keep"), Text(layout))
-    _out.print(table)
+    out.print(table)
+
+
+for _command in (planning.profile, planning.plan, planning.simulate):
+    app.command()(_command)
 
 
 @app.command()
-@_reported
+@reported
 def doctor(
     store: Annotated[
         Path | None, typer.Option("--store", "-s", help="A store to look at as well.")
@@ -220,33 +220,19 @@ def doctor(
     """Check versions, model, store, room, and answer one tiny question end to end."""
     from hcache_rag.cli.doctor import examine
 
-    with _quiet_transformers(), _status("examining", not as_json):
+    with quiet_transformers(), status("examining", not as_json):
         checks = examine(model, store.expanduser() if store else None)
     healthy = all(check.ok for check in checks)
     if as_json:
-        _print_json({"healthy": healthy, "checks": [asdict(check) for check in checks]})
+        print_json({"healthy": healthy, "checks": [asdict(check) for check in checks]})
     else:
         table = Table(show_header=False, box=None)
         for check in checks:
             mark = "[green]ok[/]" if check.ok else "[red]FAILED[/]"
             table.add_row(mark, check.name, Text(check.detail))
-        _out.print(table, highlight=False)
+        out.print(table, highlight=False)
     if not healthy:
         raise typer.Exit(1)
-
-
-def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}", param_hint=option)
-
-
-@contextmanager
-def _status(text: str, show: bool) -> Iterator[None]:
-    if not show:
-        yield
-        return
-    with _err.status(text):
-        yield
 
 
 @contextmanager
@@ -258,7 +244,7 @@ def _reading_bar(show: bool) -> Iterator[Callable[[int, int], None]]:
         TimeRemainingColumn(),
     )
     with Progress(
-        *columns, console=_err, disable=not (show and _err.is_terminal), transient=True
+        *columns, console=err, disable=not (show and err.is_terminal), transient=True
     ) as progress:
         task = progress.add_task("loading the model", total=None)
         started = False
@@ -273,30 +259,3 @@ def _reading_bar(show: bool) -> Iterator[Callable[[int, int], None]]:
             progress.update(task, description="reading documents", completed=done, total=total)
 
         yield advance
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No hub access, and none of transformers' own bars and notices among ours."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers.utils import logging
-
-    transformers_logging: Any = logging
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
-
-
-def _print_json(result: Any) -> None:
-    typer.echo(json.dumps(result))
-
-
-def _size(num_bytes: int) -> str:
-    from rich.filesize import decimal
-
-    return decimal(num_bytes)

@@ -103,7 +103,9 @@ def _self_check(model: str | None) -> str:
         answers = []
         for part, texts in (("full", ()), ("restored", _PASSAGES)):
             with StateStore.open(Path(folder) / part) as store:
-                engine = HCacheEngine(loaded, tokenizer, store, preamble=preamble, name=name)
+                engine = HCacheEngine(
+                    loaded, tokenizer, store, preamble=preamble, fidelity="exact", name=name
+                )
                 engine.precompute(texts)
                 answers.append(engine.generate(prompt, options=options))
     full, restored = answers

@@ -1,0 +1,99 @@
+"""What all commands share: the consoles, one-line errors, options, quiet libraries."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from hcache_rag.errors import HCacheError
+
+out = Console()
+err = Console(stderr=True)
+_P = ParamSpec("_P")
+
+StoreOption = Annotated[
+    Path, typer.Option("--store", "-s", help="Folder that holds the index and the states.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+DEFAULT_STORE = Path("hcache-store")
+
+
+def reported(command: Callable[_P, None]) -> Callable[_P, None]:
+    """Make every foreseeable failure of a command one line and exit code 1."""
+
+    @wraps(command)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            rest = "; what was stored stays, the next run goes on from there"
+            say(err, "interrupted", "yellow", rest)
+            raise typer.Exit(130) from None
+        except HCacheError as error:
+            say(err, "error:", "red", f" {error}")
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def say(console: Console, label: str, style: str, text: str) -> None:
+    """One line with a coloured beginning; nothing in `text` is markup."""
+    console.print(Text.assemble((label, style), text), soft_wrap=True)
+
+
+def one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    """Refuse a value that is not known.
+
+    Raises:
+        typer.BadParameter: naming the option and what is known.
+    """
+    if value not in known:
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}", param_hint=option)
+
+
+@contextmanager
+def status(text: str, show: bool) -> Iterator[Callable[[str], None]]:
+    """A line that says what is being done; call what is given to change it."""
+    if not show:
+        yield lambda _text: None
+        return
+    with err.status(text) as shown:
+        yield shown.update
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No hub access, and none of transformers' own bars and notices among ours."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers.utils import logging
+
+    transformers_logging: Any = logging
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+def print_json(result: Any) -> None:
+    """One JSON object on a line of its own."""
+    typer.echo(json.dumps(result))
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people."""
+    from rich.filesize import decimal
+
+    return decimal(round(num_bytes))

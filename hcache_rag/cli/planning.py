@@ -1,0 +1,325 @@
+"""The commands about time: `profile` this machine, `plan` a restore, `simulate` the paper."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from hcache_rag.cli.console import (
+    DEFAULT_STORE,
+    JsonOption,
+    StoreOption,
+    err,
+    one_of,
+    out,
+    print_json,
+    quiet_transformers,
+    reported,
+    say,
+    size,
+    status,
+)
+from hcache_rag.errors import HCacheError, ProfileError
+
+if TYPE_CHECKING:
+    from hcache_rag.choice import Objective
+    from hcache_rag.profile import HardwareProfile
+    from hcache_rag.simulate import Method
+    from hcache_rag.spec import ModelSpec
+
+_HARDWARE_HELP = "A preset (--list), a profile's JSON file, or 'this' for what `profile` measured."
+_MODEL_HELP = "A named model (--list) or a folder.  [default: SmolLM2-135M-Instruct]"
+
+
+@reported
+def profile(
+    store: StoreOption = DEFAULT_STORE,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder of a model.  [default: the store's, or SmolLM2-135M-Instruct]"),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller samples.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure this machine for a model and a store, and keep the result beside the states."""
+    one_of("--dtype", dtype, ("float32", "bfloat16"))
+    with quiet_transformers(), status("loading the model", not as_json) as update:
+        from hcache_rag.choice import choose_layout
+        from hcache_rag.llama_index.folder import measure_machine
+
+        measured, path = measure_machine(
+            store.expanduser(), model, dtype, quick=quick, on_step=lambda s: update(f"timing {s}")
+        )
+    if as_json:
+        print_json({"path": str(path), "profile": asdict(measured)})
+        return
+    spec, costs = measured.model, measured.costs
+    if spec is None or costs is None:
+        raise ProfileError("nothing was measured")
+    table = Table("reading from the store, a request of", "cold", "warm", box=None)
+    cold, warm = (measured.samples[f"{name}_read (bytes, s)"] for name in ("cold", "warm"))
+    for (num_bytes, cold_s), (_, warm_s) in zip(cold, warm, strict=True):
+        table.add_row(
+            size(num_bytes), f"{size(num_bytes / cold_s)}/s", f"{size(num_bytes / warm_s)}/s"
+        )
+    out.print(table)
+    table = Table("one layer of the model", *(f"{n} tokens" for n in (64, 256, 1024)), box=None)
+    rows = {
+        **{f"restore hidden states ({dtype})": cost for dtype, cost in costs.project.items()},
+        **{f"restore K and V ({dtype})": cost for dtype, cost in costs.scatter.items()},
+        "read the tokens afresh": costs.layer,
+    }
+    for name, cost in rows.items():
+        table.add_row(name, *(f"{cost(tokens) * 1e3:.2f} ms" for tokens in (64, 256, 1024)))
+    out.print(table)
+    say(out, "best mix: ", "bold", _mix_in_words(choose_layout(spec, measured)))
+    say(out, "kept in ", "", str(path))
+
+
+@reported
+def plan(
+    model: Annotated[str | None, typer.Option(help=_MODEL_HELP)] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of all documents.")] = 2048,
+    documents: Annotated[int, typer.Option(min=1, help="How many documents they are in.")] = 4,
+    fresh: Annotated[int, typer.Option(min=0, help="Tokens of the question.")] = 32,
+    hardware: Annotated[str, typer.Option(help=_HARDWARE_HELP)] = "this",
+    objective: Annotated[
+        str, typer.Option(help="time, bytes, or the most bytes that a token may take.")
+    ] = "time",
+    hidden_dtype: Annotated[
+        str | None, typer.Option(help="What hidden states are stored in.  [default: the library's]")
+    ] = None,
+    kv_dtype: Annotated[
+        str | None, typer.Option(help="What K and V are stored in.  [default: the library's]")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    draw: Annotated[
+        Path | None, typer.Option(help="Draw the two lanes of every method into a PNG.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write the plan's timeline for Perfetto (ui.perfetto.dev).")
+    ] = None,
+    show_list: Annotated[
+        bool, typer.Option("--list", help="Show the named models and hardware, and end.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose what to keep and what to recompute for a model on a machine, and predict the time."""
+    from hcache_rag.choice import Prompt, choose_layout
+    from hcache_rag.simulate import methods, questions_to_break_even
+
+    if show_list:
+        _show_list()
+        return
+    if documents > tokens:
+        raise typer.BadParameter(
+            f"{documents} documents of {tokens} tokens", param_hint="--documents"
+        )
+    spec = _spec(model)
+    machine = _hardware(hardware, store.expanduser())
+    prompt = Prompt(tokens, documents, fresh)
+    hidden_dtype, kv_dtype = _dtypes(spec, hidden_dtype, kv_dtype)
+    try:
+        choice = choose_layout(
+            spec,
+            machine,
+            _objective(objective),
+            hidden_dtype=hidden_dtype,
+            kv_dtype=kv_dtype,
+            prompt=prompt,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--objective") from error
+    found = methods(
+        spec, machine, prompt, hidden_dtype=hidden_dtype, kv_dtype=kv_dtype, layout=choice.layout
+    )
+    _write_pictures(found, draw, trace, f"{spec.name} on {machine.name}")
+    break_even = questions_to_break_even(spec, found, prompt)
+    chosen = found[-1]
+    if as_json:
+        print_json(
+            {
+                "model": asdict(spec),
+                "hardware": machine.name,
+                "source": machine.source,
+                "layout": str(choice.layout),
+                "reason": choice.reason,
+                "plan": chosen.plan.reason,
+                "questions_to_break_even": break_even,
+                "methods": [_as_row(method) for method in found],
+            }
+        )
+        return
+    out.print(
+        f"{tokens:,} tokens in {documents} document(s), {fresh} fresh, [bold]{spec.name}[/] on "
+        f"[bold]{machine.name}[/]",
+        highlight=False,
+    )
+    say(out, "", "", machine.source)
+    table = Table("", "time", "lower bound", "reading", "computing", "bytes a token", box=None)
+    for method in found:
+        row = _as_row(method)
+        table.add_row(
+            Text(method.name, "bold" if method is chosen else ""),
+            *(_duration(row[k]) for k in ("time_s", "lower_bound_s", "reading_s", "computing_s")),
+            size(method.bytes_per_token),
+        )
+    out.print(table)
+    say(out, "kept: ", "bold", f"{choice.layout}; {choice.reason}")
+    say(out, "restored: ", "bold", chosen.plan.reason)
+    say(out, "pays off ", "bold", f"after {break_even:.1f} question(s) about a document")
+
+
+@reported
+def simulate(as_json: JsonOption = False) -> None:
+    """Compare the simulator with the figures of the HCache paper, side by side."""
+    from hcache_rag import paper
+
+    schedules, ratios = paper.schedules(), paper.ratios()
+    if as_json:
+        rows = [{**asdict(r), "differences": r.differences, "is_near": r.is_near} for r in ratios]
+        print_json({"schedules": [asdict(s) for s in schedules], "ratios": rows})
+        return
+    table = Table("layers", "paper", "found", "calibration", box=None)
+    for check in schedules:
+        pair = (" + ".join(map(str, numbers)) for numbers in (check.paper, check.found))
+        table.add_row(check.what, *pair, check.calibration)
+    out.print(table)
+    table = Table("ratio", "paper", "simulated", "difference", box=None)
+    for ratio in ratios:
+        table.add_row(
+            ratio.what,
+            _range(ratio.paper, "{:.2f}"),
+            _range(ratio.found, "{:.2f}"),
+            Text(_range(ratio.differences, "{:+.0%}"), "" if ratio.is_near else "yellow"),
+        )
+    out.print(table)
+    for ratio in ratios:
+        if not ratio.is_near:
+            say(out, f"{ratio.what}: ", "yellow", ratio.why)
+
+
+def _range(ends: tuple[float, float], form: str) -> str:
+    low, high = (form.format(end) for end in ends)
+    return low if low == high else f"{low} to {high}"
+
+
+def _show_list() -> None:
+    from hcache_rag.presets import HARDWARE, MODELS
+
+    table = Table("model", "layers", "hidden size", "heads", "KV heads", "dtype", box=None)
+    for spec in MODELS.values():
+        sizes = (spec.num_layers, spec.hidden_size, spec.num_heads, spec.num_kv_heads)
+        table.add_row(spec.name, *map(str, sizes), spec.dtype)
+    out.print(table)
+    table = Table("hardware", "reads", "source", box=None)
+    for machine in HARDWARE.values():
+        table.add_row(machine.name, f"{size(machine.cold.bytes_per_s)}/s", machine.source)
+    out.print(table)
+
+
+def _spec(model: str | None) -> ModelSpec:
+    from hcache_rag.presets import MODELS
+
+    if model in MODELS:
+        return MODELS[model]
+    if model is not None and not Path(model).is_dir():
+        raise typer.BadParameter(
+            f"{model!r} is neither a folder nor one of {', '.join(MODELS)}", param_hint="--model"
+        )
+    with quiet_transformers():
+        from hcache_rag.bundled import MODEL_NAME, default_model_path
+        from hcache_rag.models import load_config, spec_of
+
+        config = load_config(model or str(default_model_path()))
+    dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    return spec_of(config, model or MODEL_NAME, dtype)
+
+
+def _hardware(name: str, store: Path) -> HardwareProfile:
+    from hcache_rag.presets import HARDWARE, hardware
+    from hcache_rag.profile import HardwareProfile
+
+    if name == "this":
+        from hcache_rag.llama_index.folder import profile_paths
+
+        for path in profile_paths(store):
+            if path.is_file():
+                return HardwareProfile.load(path)
+        raise ProfileError(
+            "this machine has not been measured; run `hcache-rag profile`, or name --hardware"
+        )
+    if name not in HARDWARE and Path(name).is_file():
+        return HardwareProfile.load(name)
+    return hardware(name)
+
+
+def _dtypes(spec: ModelSpec, hidden_dtype: str | None, kv_dtype: str | None) -> tuple[str, str]:
+    from hcache_rag.choice import storage_dtypes
+    from hcache_rag.layout import STORAGE_DTYPES, Representation
+
+    default_hidden, default_kv = storage_dtypes(spec)
+    found = (hidden_dtype or default_hidden, kv_dtype or default_kv)
+    kinds = (Representation.HIDDEN, Representation.KV)
+    for option, dtype, kind in zip(("--hidden-dtype", "--kv-dtype"), found, kinds, strict=True):
+        one_of(option, dtype, STORAGE_DTYPES[kind])
+    return found
+
+
+def _objective(text: str) -> Objective:
+    from hcache_rag.choice import Objective
+
+    if text in ("time", "bytes"):
+        return Objective(text)
+    try:
+        return Objective("time", float(text))
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is neither time, bytes nor a positive number", param_hint="--objective"
+        ) from None
+
+
+def _as_row(method: Method) -> dict[str, Any]:
+    from hcache_rag.timeline import COMPUTING, READING
+
+    return {
+        "method": method.name,
+        "layout": str(method.layout) if method.layout is not None else None,
+        "time_s": method.time_s,
+        "lower_bound_s": method.lower_bound_s,
+        "reading_s": method.timeline.busy_s(READING),
+        "computing_s": method.timeline.busy_s(COMPUTING),
+        "bytes_per_token": method.bytes_per_token,
+    }
+
+
+def _write_pictures(found: list[Method], draw: Path | None, trace: Path | None, title: str) -> None:
+    try:
+        if draw is not None:
+            from hcache_rag.timeline import draw as draw_timelines
+
+            draw_timelines([(method.name, method.timeline) for method in found], draw)
+            say(err, "drawn: ", "", str(draw))
+        if trace is not None:
+            trace.write_text(found[-1].timeline.to_trace(title))
+            say(err, "written: ", "", f"{trace}; open it at ui.perfetto.dev")
+    except ImportError as error:
+        raise HCacheError(
+            f"drawing needs matplotlib: pip install 'hcache-rag[plot]' ({error})"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise HCacheError(f"cannot write the picture: {error}") from error
+
+
+def _mix_in_words(choice: Any) -> str:
+    return f"{choice.layout}; {choice.reason}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:,.2f} s" if seconds >= 10 else f"{seconds * 1e3:,.1f} ms"
