@@ -173,6 +173,7 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--representation", choices=("auto", "kv", "hidden"), default="auto")
+    parser.add_argument("--storage-dtype", help="by default the library's")
     parser.add_argument("--top-k", type=int, nargs="+", default=[4, 10])
     parser.add_argument("--repeats", type=int, help="default 12, with --quick 2")
     options = parser.parse_args()
@@ -195,6 +196,7 @@ def main() -> None:
             model=model,
             tokenizer=tokenizer,
             representation=options.representation,
+            storage_dtype=options.storage_dtype,
             fidelity="none",
             max_new_tokens=1,
             generate_kwargs={"logits_processor": LogitsProcessorList([stamp])},
@@ -224,6 +226,7 @@ def main() -> None:
                 tokenizer=tokenizer,
                 store=llm.engine.store,
                 representation=options.representation,
+                storage_dtype=options.storage_dtype,
                 max_new_tokens=1,
                 generate_kwargs={"logits_processor": LogitsProcessorList([stamp])},
             ),
@@ -334,12 +337,12 @@ def report(
         )
     stages = {
         stage: statistics.median(a["seconds"][stage] for a in account) * 1e3
-        for stage in ("match", "compose", "reading", "waiting", "projecting")
+        for stage in ("match", "compose", "reading", "waiting", "restoring")
     }
     print(
         f"  hcache's time: retrieval {middle['retrieve_s'] * 1e3:.1f} ms, matching "
         f"{stages['match']:.1f}, composing {stages['compose']:.1f}, model and cache "
-        f"{middle['model_s'] * 1e3:.1f} (in it: projecting {stages['projecting']:.1f}, waiting for "
+        f"{middle['model_s'] * 1e3:.1f} (in it: restoring {stages['restoring']:.1f}, waiting for "
         f"bytes {stages['waiting']:.1f}; reading {stages['reading']:.1f} beside it)"
     )
     rows.append(
