@@ -16,24 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hcache_kernels import (
-    dequantise_keys_into,
-    dequantise_rows_into,
-    dequantise_values_into,
-    project_kv,
-    reference,
-    rope_into,
-)
+from hcache_kernels import project_kv, reference, rope_into
 from hcache_rag import codec
 from hcache_rag.buffers import Buffers
 from hcache_rag.cache import RestoringCache
 from hcache_rag.compose import Composition
 from hcache_rag.lanes import CallerLane, Clock, Lane, ThreadLane, Ticket, timeline_of, walk
-from hcache_rag.layout import GROUP_CHANNELS, Representation
-from hcache_rag.models import ModelAdapter, tensor_of, torch_dtype
+from hcache_rag.layout import Representation
+from hcache_rag.models import ModelAdapter
 from hcache_rag.plan import SpanSize, plan_restore
 from hcache_rag.prefixes import Prefixes
 from hcache_rag.schedule import ChunkUse, Piece, Schedule, schedule
+from hcache_rag.staging import Chunk, chunk_tensors, stage_kv, stage_rows
 from hcache_rag.state import StateKey
 from hcache_rag.timeline import COMPUTING, READING, Step, Timeline
 
@@ -103,7 +97,7 @@ class Execution:
         positions = torch.from_numpy(composition.restored_positions).to(adapter.device)
         self._cos_sin = adapter.position_embeddings(positions)
         self._first_row = np.cumsum([0, *(span.num_tokens for span in composition.spans)])
-        self._read: dict[tuple[int, int], list[tuple[codec.Words, ...]]] = {}
+        self._read: dict[tuple[int, int], list[Chunk]] = {}
         self._clock = Clock()
         self._computing = CallerLane(self._clock, is_cancelled)
         self._tickets: list[Ticket] = []
@@ -143,15 +137,14 @@ class Execution:
             self._read_chunk(reader, step.layer, piece, use) for use in piece.chunks
         ]
 
-    def _read_chunk(
-        self, reader: ValueReader, layer: int, piece: Piece, use: ChunkUse
-    ) -> tuple[codec.Words, ...]:
+    def _read_chunk(self, reader: ValueReader, layer: int, piece: Piece, use: ChunkUse) -> Chunk:
         record = self.composition.spans[use.span].record
         step = record.layout.chunk_tokens
         tokens = min(step, record.num_tokens - use.chunk * step)
         shape = codec.ChunkShape(piece.fmt, tokens, self.adapter.spec)
         value = reader.value(record.key, layer, use.chunk)
-        return codec.decode(shape, record.key, layer, use.chunk, value)
+        arrays = codec.decode(shape, record.key, layer, use.chunk, value)
+        return chunk_tensors(piece.fmt, arrays, use.tokens)
 
     def recompute(self) -> None:
         """Run what the plan recomputes, while the rest is being read."""
@@ -202,19 +195,17 @@ class Execution:
                 self.restore_piece(layer, piece, self._read.pop((layer, index)))
         self._computing.begin()  # the layer's forward pass
 
-    def restore_piece(
-        self, layer: int, piece: Piece, chunks: Sequence[tuple[codec.Words, ...]]
-    ) -> None:
-        """Turn a piece's stored arrays, chunk by chunk, into K and V in their slots."""
+    def restore_piece(self, layer: int, piece: Piece, chunks: Sequence[Chunk]) -> None:
+        """Turn what is stored of a piece, chunk by chunk, into K and V in their slots."""
         keys, values, cos, sin = self._targets(layer, piece.start, piece.stop)
         if piece.fmt.representation is Representation.KV:
-            staged = self._stage_kv(piece, chunks, values)
+            staged = stage_kv(piece, chunks, values, self.buffers)
             if self.reference_mode:
                 keys.copy_(reference.rope(staged, cos, sin))
             else:
                 rope_into(staged, cos, sin, keys)
             return
-        rows, scale = self._stage_rows(piece, chunks)
+        rows, scale = stage_rows(piece, chunks, self.buffers, is_scaled=self.reference_mode)
         if self.reference_mode:
             self._project_by_modules(layer, rows, cos, sin, keys, values)
             return
@@ -233,68 +224,6 @@ class Execution:
             cos[rows],
             sin[rows],
         )
-
-    def _stage_kv(
-        self, piece: Piece, chunks: Sequence[tuple[codec.Words, ...]], values: Tensor
-    ) -> Tensor:
-        """Write V to its place; K before RoPE (G, r, D), in the map or in scratch memory."""
-        dtype = torch.int8 if piece.fmt.is_quantised else torch_dtype(piece.fmt.dtype)
-        if len(chunks) == 1 and dtype == self.adapter.dtype:
-            (use,), ((stored_keys, stored_values),) = piece.chunks, chunks
-            values.copy_(tensor_of(stored_values, dtype)[:, : use.tokens])
-            return tensor_of(stored_keys, dtype)[:, : use.tokens]
-        spec = self.adapter.spec
-        staged = self.buffers.scratch(
-            "keys", spec.num_kv_heads, piece.stop - piece.start, spec.head_dim
-        )
-        for use, (stored_keys, stored_values, *scales) in zip(piece.chunks, chunks, strict=True):
-            at = slice(use.row - piece.start, use.row - piece.start + use.tokens)
-            chunk_keys = tensor_of(stored_keys, dtype)[:, : use.tokens]
-            chunk_values = tensor_of(stored_values, dtype)[:, : use.tokens]
-            if not scales:
-                staged[:, at].copy_(chunk_keys)
-                values[:, at].copy_(chunk_values)
-                continue
-            key_scales, value_scales = (tensor_of(s, torch.float32) for s in scales)
-            dequantise_keys_into(chunk_keys, key_scales, staged[:, at])
-            dequantise_values_into(chunk_values, value_scales[:, : use.tokens], values[:, at])
-        return staged
-
-    def _stage_rows(
-        self, piece: Piece, chunks: Sequence[tuple[codec.Words, ...]]
-    ) -> tuple[Tensor, Tensor]:
-        """Hidden rows (r, E), in the map or in scratch memory, and their row scales (r,).
-
-        Rows with one scale each are left as integers: the row scale is then the product of both.
-        """
-        fmt = piece.fmt
-        dtype = torch.int8 if fmt.is_quantised else torch_dtype(fmt.dtype)
-        if len(chunks) == 1 and dtype == self.adapter.dtype:
-            (use,), ((stored_rows, row_scales),) = piece.chunks, chunks
-            scale = tensor_of(row_scales, torch.float32)
-            return tensor_of(stored_rows, dtype)[: use.tokens], scale[: use.tokens]
-        num_rows = piece.stop - piece.start
-        staged = self.buffers.scratch("rows", num_rows, self.adapter.spec.hidden_size)
-        scale = torch.empty(num_rows)
-        for use, (stored_rows, row_scales, *quant) in zip(piece.chunks, chunks, strict=True):
-            at = slice(use.row - piece.start, use.row - piece.start + use.tokens)
-            rows = tensor_of(stored_rows, dtype)[: use.tokens]
-            scale[at] = tensor_of(row_scales, torch.float32)[: use.tokens]
-            if not quant:
-                staged[at].copy_(rows)
-                continue
-            quant_scales = tensor_of(quant[0], torch.float32)[: use.tokens]
-            if quant_scales.dim() == 2:
-                dequantise_rows_into(rows, quant_scales, GROUP_CHANNELS, staged[at])
-            else:
-                staged[at].copy_(rows)
-                if len(quant) == 2:
-                    staged[at].mul_(tensor_of(quant[1], torch.float32))
-                if self.reference_mode:
-                    staged[at].mul_(quant_scales.unsqueeze(-1))
-                else:
-                    scale[at].mul_(quant_scales)
-        return staged, scale
 
     def _project_by_modules(
         self, layer: int, hidden: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor

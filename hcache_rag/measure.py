@@ -39,6 +39,7 @@ from hcache_rag.profile import (
     TokenCost,
 )
 from hcache_rag.schedule import ChunkUse, Piece, schedule
+from hcache_rag.staging import Chunk, chunk_tensors
 from hcache_rag.state import StateRecord, child_key, token_array
 from hcache_rag.store import StateStore
 
@@ -209,14 +210,15 @@ class _Computing:
         spec, found = self.adapter.spec, []
         for tokens in (n for n in self.tokens if n <= 1024):
             with self._execution(tokens, fmt) as execution:
-                chunk = noise(codec.ChunkShape(fmt, tokens, spec))
+                arrays = noise(codec.ChunkShape(fmt, tokens, spec))  # lives as long as the chunk
+                chunk = chunk_tensors(fmt, arrays, tokens)
                 piece = Piece(fmt, (ChunkUse(0, 0, tokens, 0),))
                 layers = iter(range(10**6))
 
                 def restore(
                     execution: Execution = execution,
                     piece: Piece = piece,
-                    chunk: tuple[codec.Words, ...] = chunk,
+                    chunk: Chunk = chunk,
                     layers: Iterator[int] = layers,
                 ) -> None:
                     execution.restore_piece(next(layers) % spec.num_layers, piece, [chunk])

@@ -32,7 +32,7 @@ EDGE_PIECES = 4
 is the first piece's reading, and at the end the last one's restoring."""
 MAX_TOKEN_CUTS = 64
 """At so many places at most it is tried to stop recomputing the first tokens."""
-MIN_GAIN = 0.02
+MIN_GAIN = 0.03
 """What recomputing must save of the time before it is done: a plan stands on noisy figures."""
 
 

@@ -423,7 +423,7 @@ def test_the_layout_is_the_fastest_of_all(case: Case) -> None:
 def test_layout_and_plan_together_are_the_fastest_of_all(case: Case) -> None:
     """What is restored from the disk, headers too, by the plan that is made then.
 
-    Within the thousandth, and the 2 % for which it is not worth recomputing.
+    Within the thousandth, and the 3 % for which it is not worth recomputing.
     """
     tokens, depth = case.prompt.restored_tokens, case.spec.num_layers
     best_s = min(case.seconds(*way) for way in case.all_ways())

@@ -295,16 +295,16 @@ def test_what_hides_behind_the_forward_pass_is_read() -> None:
 
 @pytest.mark.parametrize(
     ("of_reading", "is_recomputed"),
-    [(0.5, True), (0.979, True), (0.981, False), (1.0, False), (2.0, False)],
+    [(0.5, True), (0.969, True), (0.971, False), (1.0, False), (2.0, False)],
 )
 def test_a_small_gain_is_not_worth_recomputing(of_reading: float, is_recomputed: bool) -> None:
-    """Under 2 % of the time: a plan stands on noisy figures."""
+    """Under 3 % of the time: a plan stands on noisy figures."""
     spec = replace(SPEC, num_layers=1)
     span = SpanSize(64, StateLayout((KV_FLOAT,), 64))
     plan = plan_restore(spec, [span], a_machine(TokenCost(of_reading), spec=spec))
     assert plan.makespan_s == (of_reading if is_recomputed else 1.0)
     assert (plan.reason == AS_STORED) == (not is_recomputed)
-    assert MIN_GAIN == 0.02
+    assert MIN_GAIN == 0.03
 
 
 def test_by_default_nothing_is_in_the_page_cache() -> None:
@@ -510,7 +510,7 @@ def seconds_of(case: Case, cuts: tuple[Cut, ...], pieces: int) -> float:
 def test_the_plan_is_the_best_of_all(drawn: tuple[Case, int]) -> None:
     """Every number of first layers and every first chunk, on a clock of the test's own.
 
-    Unless the best of all gains less than 2 %.
+    Unless the best of all gains less than 3 %.
     """
     case, pieces = drawn
     candidates = cuts_by_brute_force(case)
@@ -559,7 +559,7 @@ def by_formula(case: Case, plan: RestorePlan) -> float:
 @settings(deadline=None, derandomize=True, max_examples=120)
 @given(cases())
 def test_no_plan_is_worse_than_a_pure_method(case: Case) -> None:
-    """By the formula, exactly, but for the 2 % for which it is not worth recomputing."""
+    """By the formula, exactly, but for the 3 % for which it is not worth recomputing."""
     plan = planned(case)
     stored_s, computed_s = (by_formula(case, pure) for pure in pure_plans(case))
     assert plan.makespan_s <= stored_s * (1 + EXACT)
@@ -630,7 +630,7 @@ def test_a_prediction_for_anything_is_off_by_a_layer_at_most(case: Case) -> None
 @settings(deadline=None, derandomize=True, max_examples=120)
 @given(cases(), st.floats(1.0, 100.0))
 def test_a_faster_machine_is_never_slower(case: Case, factor: float) -> None:
-    """More bandwidth, faster requests, or more compute; but for the 2 % that are not taken."""
+    """More bandwidth, faster requests, or more compute; but for the 3 % that are not taken."""
     rate, slower = case.now.read_rate, case.now.compute_factor
     before_s = planned(case).makespan_s
     for better in (

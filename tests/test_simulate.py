@@ -157,12 +157,12 @@ def test_the_layout_of_a_store_can_be_planned_as_well() -> None:
 def slower_than_pure(model: str, machine: HardwareProfile, prompt: Prompt, dtype: str) -> list[str]:
     """The pure methods that are faster than the plan.
 
-    By more than two thousandths, and the 2 % for which it is not worth recomputing.
+    By more than two thousandths, and the 3 % for which it is not worth recomputing.
     """
     found = by_name(methods(MODELS[model], machine, prompt, hidden_dtype=dtype, kv_dtype=dtype))
     plan_s = found.pop("plan").time_s
-    given = {"recompute": NEAR / (1 - MIN_GAIN), "kv": NEAR, "hidden": NEAR}
-    return [name for name, method in found.items() if plan_s > method.time_s * given[name]]
+    given = NEAR / (1 - MIN_GAIN)
+    return [name for name, method in found.items() if plan_s > method.time_s * given]
 
 
 DIFFERENT = ["llama-2-7b", "llama-3-8b", "gemma-2-9b", "smollm2-135m"]
