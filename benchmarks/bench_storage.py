@@ -7,7 +7,8 @@ passages, relocated, nothing repaired). For every form that states can be stored
 next-token distribution against the unquantised states, over all tokens of the question and at its
 last one, where the answer begins; how often the most probable token is the same; bytes of a token.
 
-The yardstick is the last row: the same model computing in bfloat16, which people accept.
+The yardstick is the last row: the same model computing in bfloat16, which people accept. A form may
+be the default if it moves the distribution by at most a quarter of that.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from common import ROOT, arguments, at_most, finish, machine, quiet_transformers
 
 from hcache_rag import HCacheEngine
 from hcache_rag.bundled import default_model_path
+from hcache_rag.choice import DEFAULT_HIDDEN_DTYPE, DEFAULT_KV_DTYPE
 from hcache_rag.models import load_model
 from hcache_rag.quality import divergence, fresh_logits
 
@@ -67,7 +69,7 @@ def main() -> None:
     quiet_transformers()
     if not (options.data / "squad_small.json").is_file():
         raise SystemExit(f"{options.data} holds no squad_small.json; see --data")
-    prompts = prompts_of(options.data, *((2, 1) if options.quick else (50, 20)))
+    prompts = prompts_of(options.data, *((1, 1) if options.quick else (50, 20)))
     documents = [passage for passages, _ in prompts for passage in passages]
     path = str(default_model_path())
 
@@ -106,12 +108,15 @@ def main() -> None:
         return row
 
     report("kv float32", reference, size)
-    for form in FORMS:
+    plain = ("float32", "float16") if options.quick else ()
+    for form in (f for f in FORMS if f[1] not in plain):
         report(" ".join(form), *logits(form))
     yardstick = report("computing in bf16", *logits(("kv", "bfloat16"), "bfloat16"))
-    default = next(row for row in rows if row["form"] == "kv bfloat16")
+    defaults = (f"hidden {DEFAULT_HIDDEN_DTYPE}", f"kv {DEFAULT_KV_DTYPE}")
     targets = [
-        at_most("kv bfloat16: KL / that of computing in bf16", default["kl"] / yardstick["kl"], 1.0)
+        at_most(f"{row['form']}: KL / that of computing in bf16", row["kl"] / yardstick["kl"], 0.25)
+        for row in rows
+        if row["form"] in defaults
     ]
     finish(rows, targets, {**machine(), "prompts": len(prompts)}, options.json)
 
