@@ -24,6 +24,29 @@ from hcache_rag.spec import ModelSpec
 from hcache_rag.timeline import COMPUTING, READING
 
 HIDDEN, KV, NONE = Representation.HIDDEN, Representation.KV, Representation.NONE
+TOY = ModelSpec(
+    name="toy",
+    family="llama",
+    num_layers=3,
+    hidden_size=64,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=8,
+    window_tokens=100,
+    dtype="bfloat16",
+)
+"""K and V take 128 bytes of a token and layer, hidden states 132."""
+SMALL = ModelSpec(
+    name="toy",
+    family="llama",
+    num_layers=3,
+    hidden_size=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    window_tokens=4096,
+    dtype="float32",
+)
 NOTHING = LayerFormat(NONE)
 KEPT = [
     LayerFormat(representation, dtype)

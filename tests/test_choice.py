@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from machines import EXACT, HIDDEN, KV, NONE, NOTHING, machines, powers, restore_end_s, specs
+from machines import TOY as SPEC
 
 from hcache_rag.choice import (
     LEAST_BYTES,
@@ -36,18 +37,6 @@ from hcache_rag.profile import (
 )
 from hcache_rag.spec import ModelSpec
 
-SPEC = ModelSpec(
-    name="toy",
-    family="llama",
-    num_layers=3,
-    hidden_size=64,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=8,
-    window_tokens=100,
-    dtype="bfloat16",
-)
-"""K and V take 128 bytes of a token and layer, hidden states 132."""
 OBJECTIVES = [pytest.param(LEAST_TIME, id="time"), pytest.param(LEAST_BYTES, id="bytes")]
 
 

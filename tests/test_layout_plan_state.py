@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machines import TOY as SPEC
 from tiny import SHAPES, Shape, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,17 +26,6 @@ from hcache_rag.spec import ModelSpec
 from hcache_rag.state import FORMAT_VERSION, StateRecord, TokenIds, child_key, root_key, token_array
 
 HIDDEN, KV, NONE = Representation.HIDDEN, Representation.KV, Representation.NONE
-SPEC = ModelSpec(
-    name="toy",
-    family="llama",
-    num_layers=3,
-    hidden_size=64,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=8,
-    window_tokens=100,
-    dtype="bfloat16",
-)
 
 
 # --- spec ---------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from machines import (
     KEPT,
     KV,
     NOTHING,
+    SMALL,
     Case,
     cases,
     last_end_s,
@@ -51,18 +52,7 @@ from hcache_rag.spec import ModelSpec
 from hcache_rag.timeline import COMPUTING, LANES, READING, Step, Timeline
 
 KV_FLOAT, HIDDEN_FLOAT = LayerFormat(KV, "float32"), LayerFormat(HIDDEN, "float32")
-SPEC = ModelSpec(
-    name="toy",
-    family="llama",
-    num_layers=4,
-    hidden_size=16,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    window_tokens=4096,
-    dtype="float32",
-    mlp_size=32,
-)
+SPEC = replace(SMALL, num_layers=4, mlp_size=32)
 CHUNK_BYTES = KV_FLOAT.value_bytes(SPEC, 64)
 STORED = StateLayout((KV_FLOAT,) * 4, 64)
 AS_STORED = "everything that is stored is read"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from machines import HIDDEN, KEPT, KV, NOTHING, measured_machines, specs
+from machines import HIDDEN, KEPT, KV, NOTHING, TOY, measured_machines, specs
 
 from hcache_rag.errors import ProfileError
 from hcache_rag.layout import STORAGE_DTYPES, LayerFormat
@@ -31,18 +31,7 @@ from hcache_rag.profile import (
 )
 from hcache_rag.spec import ModelSpec
 
-SPEC = ModelSpec(
-    name="toy",
-    family="llama",
-    num_layers=3,
-    hidden_size=64,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=8,
-    window_tokens=100,
-    dtype="bfloat16",
-    mlp_size=128,
-)
+SPEC = replace(TOY, mlp_size=128)
 COSTS = ModelCosts(
     project={"bfloat16": TokenCost(1e-5, 2e-6), "int8": TokenCost(1e-5, 3e-6, 1e-12)},
     scatter={"bfloat16": TokenCost(0.0, 1e-7)},

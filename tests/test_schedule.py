@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from machines import EXACT, HIDDEN, KEPT, KV, NOTHING, Case, cases, plans
+from machines import SMALL as SPEC
 
 from hcache_rag.codec import ChunkShape, encode
 from hcache_rag.layout import HEADER_BYTES, LayerFormat, StateLayout
@@ -25,21 +26,9 @@ from hcache_rag.schedule import (
     Schedule,
     schedule,
 )
-from hcache_rag.spec import ModelSpec
 from hcache_rag.timeline import COMPUTING, READING, Step
 
 KV_FLOAT, HIDDEN_FLOAT = LayerFormat(KV, "float32"), LayerFormat(HIDDEN, "float32")
-SPEC = ModelSpec(
-    name="toy",
-    family="llama",
-    num_layers=3,
-    hidden_size=16,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    window_tokens=4096,
-    dtype="float32",
-)
 STORED = StateLayout((KV_FLOAT,) * 3, 64)
 MIXED = StateLayout((HIDDEN_FLOAT, HIDDEN_FLOAT, KV_FLOAT), 64)
 LACKING = StateLayout((NOTHING, HIDDEN_FLOAT, KV_FLOAT), 64)
