@@ -57,6 +57,7 @@ from hcache_rag.indexing import PendingState, batches, store_batch
 from hcache_rag.llama_index import HCacheLLM, HCacheRetriever
 from hcache_rag.llama_index.folder import collecting_restores, documents_of
 from hcache_rag.models import load_model
+from hcache_rag.openmp import give_back_threads
 from hcache_rag.sources import FolderContents, read_folder
 from hcache_rag.state import child_key
 from hcache_rag.store import StateStore
@@ -121,6 +122,7 @@ class OffloadLLM(CustomLLM):
         """Generates on a thread of its own, as streaming does in the other LLMs."""
         done: list[CompletionResponse] = []
         thread = threading.Thread(target=lambda: done.append(self.complete(prompt)))
+        give_back_threads()  # as HCacheLLM does, so that the floor is one
         thread.start()
         thread.join()
         yield CompletionResponse(text=done[0].text, delta=done[0].text)

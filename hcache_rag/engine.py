@@ -34,6 +34,7 @@ from hcache_rag.lanes import Cancelled
 from hcache_rag.layout import StateLayout
 from hcache_rag.measure import find_profile
 from hcache_rag.models import ModelAdapter, tokenizer_fingerprint
+from hcache_rag.openmp import give_back_threads, lent_threads
 from hcache_rag.planner import Planner
 from hcache_rag.prefixes import Prefixes
 from hcache_rag.profile import HardwareProfile
@@ -136,7 +137,9 @@ class HCacheEngine:
         self._damaged: set[StateKey] = set()
         self._warned: set[str] = set()
         self._warn_if_foreign()
+        give_back_threads()  # the model has been loaded here; requests may come from elsewhere
 
+    @lent_threads()
     def precompute(
         self,
         texts: Iterable[str],
@@ -180,6 +183,7 @@ class HCacheEngine:
         )
         return provenance_of(composition, pieces, {}, None, [], plan=plan)
 
+    @lent_threads()
     def generate(
         self,
         prompt: str,

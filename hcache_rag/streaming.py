@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextvars import copy_context
 from functools import partial
 
+from hcache_rag.openmp import give_back_threads
 from hcache_rag.provenance import Generation
 
 
@@ -16,13 +17,15 @@ class GenerationStream(Iterator[str]):
 
     Generation runs on a thread of its own, from the first `next` on. Its error is raised by the
     iterator. `close`, or leaving a `with` block, stops the computation after the token that is
-    being computed and waits for the thread.
+    being computed and waits for the thread. The thread that makes the stream and the one that
+    waits for a piece give their OpenMP threads back, so that generation has the processors.
     """
 
     def __init__(self, run: Callable[[Callable[[str], None], threading.Event], Generation]) -> None:
         self._answer = _Answer(run)
         self._thread: threading.Thread | None = None
         self._finished = False
+        give_back_threads()
 
     @property
     def result(self) -> Generation:
@@ -38,6 +41,7 @@ class GenerationStream(Iterator[str]):
     def __next__(self) -> str:
         if self._finished:
             raise StopIteration
+        give_back_threads()
         if self._thread is None:
             work = partial(copy_context().run, self._answer.compute)
             self._thread = threading.Thread(target=work, name="hcache-generate", daemon=True)
@@ -49,6 +53,12 @@ class GenerationStream(Iterator[str]):
         if item is not None:
             raise item
         raise StopIteration
+
+    def read(self) -> Generation:
+        """Read the stream to its end and return the finished answer."""
+        for _ in self:
+            pass
+        return self.result
 
     def close(self) -> None:
         """Stop generating and wait until the thread has ended."""

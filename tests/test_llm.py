@@ -562,6 +562,38 @@ def test_cancelling_the_task_that_reads_a_stream_stops_the_computation(
     assert counter.passes < MANY
 
 
+@pytest.mark.parametrize("name", ["acomplete", "achat"])
+def test_cancelling_an_asynchronous_call_stops_the_computation(
+    new_llm: Callable[..., HCacheLLM], model: PreTrainedModel, name: str
+) -> None:
+    llm, counter = new_llm(), Counter()
+    expected = text_of(CALLS[name](llm))
+
+    async def cancelled() -> None:
+        begun, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def begin() -> None:
+            loop.call_soon_threadsafe(begun.set)
+
+        with before_every_pass(model, begin):
+            call = (
+                llm.acomplete(PROMPT, max_new_tokens=MANY)
+                if name == "acomplete"
+                else llm.achat(messages(), max_new_tokens=MANY)
+            )
+            task = asyncio.ensure_future(call)
+            await begun.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert generating_threads() == []
+
+    with before_every_pass(model, counter):
+        asyncio.run(cancelled())
+    assert counter.passes < MANY
+    assert text_of(CALLS[name](llm)) == expected
+
+
 def test_a_stream_that_is_never_read_computes_nothing(
     new_llm: Callable[..., HCacheLLM], model: PreTrainedModel
 ) -> None:

@@ -302,9 +302,10 @@ class HCacheLLM(CustomLLM):
     async def acomplete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponse:
-        """`complete` on another thread; the event loop goes on."""
-        text = self._formatted(prompt, formatted)
-        return self._completion(await asyncio.to_thread(self._generate, text, True, kwargs))
+        """`complete` on another thread; the event loop goes on, cancelling stops it."""
+        return self._completion(
+            await _read(self._stream(self._formatted(prompt, formatted), True, kwargs))
+        )
 
     @llm_completion_callback()
     async def astream_complete(
@@ -327,9 +328,8 @@ class HCacheLLM(CustomLLM):
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """`chat` on another thread; the event loop goes on."""
-        prompt = self._prompt_of(messages)
-        return self._chat(await asyncio.to_thread(self._generate, prompt, False, kwargs))
+        """`chat` on another thread; the event loop goes on, cancelling stops it."""
+        return self._chat(await _read(self._stream(self._prompt_of(messages), False, kwargs)))
 
     @llm_chat_callback()
     async def astream_chat(
@@ -419,6 +419,13 @@ class HCacheLLM(CustomLLM):
         return ChatResponse(
             message=_assistant(text), delta=delta, additional_kwargs=_account(answer)
         )
+
+
+async def _read(stream: GenerationStream) -> Generation:
+    try:
+        return await asyncio.to_thread(stream.read)
+    finally:
+        await asyncio.to_thread(stream.close)
 
 
 def _assistant(text: str) -> ChatMessage:

@@ -27,6 +27,7 @@ from hcache_rag.llama_index.llm import HCacheLLM
 from hcache_rag.llama_index.precompute import precompute
 from hcache_rag.llama_index.text import llm_texts
 from hcache_rag.llama_index.vectors import MANIFEST, VectorIndex, VectorRetriever
+from hcache_rag.openmp import give_back_threads
 
 logger = logging.getLogger("hcache_rag")
 
@@ -151,6 +152,7 @@ class HCacheRetriever(BaseRetriever):
 
     def _announced(self, nodes: list[NodeWithScore]) -> list[NodeWithScore]:
         self._llm.engine.announce(llm_texts([scored.node for scored in nodes]))
+        give_back_threads()  # the embedding's; the answer may be computed on another thread
         return nodes
 
 
