@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from hcache_rag.errors import StoreError
-from hcache_rag.prompt import SpanIndex, Tokenizer
+from hcache_rag.prompt import Tokenizer
 from hcache_rag.state import StateKey, StateRecord, TokenIds, child_key
 from hcache_rag.store import StateStore
+from hcache_rag.texts import TextSet, find_texts
 
 logger = logging.getLogger("hcache_rag")
 
@@ -51,7 +52,7 @@ class Catalogue:
         self._tokenizer = tokenizer
         self._root = root
         self._parent = parent
-        self._index = SpanIndex()
+        self._index = TextSet()
         self._states: dict[str, set[StateKey]] = {}
         self._foreign: dict[str, StateKey] = {}
         self._damaged: dict[str, str] = {}
@@ -92,7 +93,7 @@ class Catalogue:
 
     def resolve(self, prompt: str, *, add_bos: bool) -> list[ResolvedPiece]:
         """Cut a prompt into pieces and find their states."""
-        matches = self._index.find(prompt)
+        matches = find_texts(prompt, [self._index])
         records = {match.text: self._record(match.text) for match in matches}
 
         def stored(text: str) -> TokenIds | None:

@@ -1,144 +1,23 @@
-"""Finished prompt text to pieces of token ids: which stretches are known documents.
+"""Finished prompt text to pieces of token ids, cut where documents were found in it.
 
-Documents are found by their literal text, wherever the prompt came from, and tokenised on their
-own, so that a document always has the same token ids. Knows neither models nor tensors.
+Documents are tokenised on their own, so that a document always has the same token ids. Knows
+neither models nor tensors.
 """
 
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from hcache_rag.state import TokenIds, token_array
+from hcache_rag.texts import Match
 
 Tokenization = Literal["segmented", "strict"]
-
-ANCHOR_CHARS = 24
-"""A text is looked up by its first characters; shorter texts must stand on lines of their own."""
-
-MIN_CUT_CHARS = 128
-"""A document that was cut shorter than this is read afresh."""
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """A stretch of a prompt that is a known text, or the beginning of one that was cut."""
-
-    start: int
-    end: int
-    text: str
-
-
-class SpanIndex:
-    """Finds known texts in prompts. Thread-safe.
-
-    Texts are kept in sorted buckets by their first `ANCHOR_CHARS` characters; in a bucket the
-    longest match is beside the place where the prompt would be inserted, so that thousands of
-    texts with one common head (`file_path: ...`) cost no more than one.
-    """
-
-    def __init__(self, texts: Iterable[str] = ()) -> None:
-        self._buckets: dict[str, list[str]] = {}
-        self._short: set[str] = set()
-        self._lock = threading.Lock()
-        self.add(texts)
-
-    def add(self, texts: Iterable[str]) -> None:
-        """Make texts known; whitespace around them does not count."""
-        with self._lock:
-            for text in texts:
-                stripped = text.strip()
-                if len(stripped) < ANCHOR_CHARS:
-                    if stripped:
-                        self._short.add(stripped)
-                    continue
-                bucket = self._buckets.setdefault(stripped[:ANCHOR_CHARS], [])
-                at = bisect_left(bucket, stripped)
-                if at == len(bucket) or bucket[at] != stripped:
-                    insort(bucket, stripped)
-
-    def discard(self, text: str) -> None:
-        """Forget a text; nothing happens if it was not known."""
-        with self._lock:
-            stripped = text.strip()
-            self._short.discard(stripped)
-            bucket = self._buckets.get(stripped[:ANCHOR_CHARS], [])
-            if stripped in bucket:
-                bucket.remove(stripped)
-
-    def find(self, prompt: str) -> list[Match]:
-        """All non-overlapping matches from left to right, the longest at each place."""
-        with self._lock:
-            matches = self._find_anchored(prompt)
-            return self._with_short(prompt, matches) if self._short else matches
-
-    def _find_anchored(self, prompt: str) -> list[Match]:
-        matches = []
-        at, last = 0, len(prompt) - ANCHOR_CHARS
-        while at <= last:
-            bucket = self._buckets.get(prompt[at : at + ANCHOR_CHARS])
-            match = _longest(bucket, prompt, at) if bucket else None
-            if match is None:
-                at += 1
-                continue
-            matches.append(match)
-            at = match.end
-        return matches
-
-    def _with_short(self, prompt: str, matches: list[Match]) -> list[Match]:
-        """Add short texts, which count only where they fill one or more whole lines."""
-        candidates = []
-        for text in self._short:
-            at = prompt.find(text)
-            while at >= 0:
-                end = at + len(text)
-                alone = prompt[at - 1 : at] in ("", "\n") and prompt[end : end + 1] in ("", "\n")
-                if alone:
-                    candidates.append(Match(at, end, text))
-                at = prompt.find(text, at + 1)
-        found = list(matches)
-        for new in sorted(candidates, key=lambda m: (m.start, -m.end)):
-            if all(new.end <= m.start or new.start >= m.end for m in found):
-                found.append(new)
-        return sorted(found, key=lambda match: match.start)
-
-
-def _longest(bucket: Sequence[str], prompt: str, at: int) -> Match | None:
-    tail = prompt[at:]
-    place = bisect_right(bucket, tail)
-    best: Match | None = None
-    for text in bucket[max(place - 1, 0) : place + 1]:
-        common = _common_length(text, tail)
-        is_long = common == len(text) or common >= MIN_CUT_CHARS
-        if is_long and (best is None or common > best.end - at):
-            best = Match(at, at + common, text)
-    # A text that begins the tail also begins every text between itself and the tail, so it is no
-    # longer than what the nearest one has in common with the tail: search again, that far.
-    while place:
-        text = bucket[place - 1]
-        if tail.startswith(text):
-            if best is None or len(text) >= best.end - at:
-                best = Match(at, at + len(text), text)
-            break
-        tail = tail[: _common_length(text, tail)]
-        place = bisect_right(bucket, tail)
-    return best
-
-
-def _common_length(a: str, b: str) -> int:
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hcache_rag.prompt import ANCHOR_CHARS, MIN_CUT_CHARS, Match, Piece, SpanIndex, Tokenizer
+from hcache_rag.prompt import Piece, Tokenizer
 from hcache_rag.state import TokenIds, token_array
+from hcache_rag.texts import ANCHOR_CHARS, MIN_CUT_CHARS, Match, TextSet, find_texts
 
 BOS, IM_END = 256, 258
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=200)
@@ -29,8 +30,12 @@ SETTINGS = settings(deadline=None, derandomize=True, max_examples=200)
 @contextmanager
 def small_limits(anchor: int = 3, cut: int = 5) -> Iterator[None]:
     """Limits that short texts reach."""
-    with patch.multiple("hcache_rag.prompt", ANCHOR_CHARS=anchor, MIN_CUT_CHARS=cut):
+    with patch.multiple("hcache_rag.texts", ANCHOR_CHARS=anchor, MIN_CUT_CHARS=cut):
         yield
+
+
+def find_in(texts: TextSet, prompt: str) -> list[Match]:
+    return find_texts(prompt, [texts])
 
 
 @pytest.fixture
@@ -76,8 +81,8 @@ def test_find_agrees_with_brute_force(texts: list[str], prompt: str) -> None:
     """Texts over two letters begin, contain and continue each other."""
     with small_limits():
         # Short texts have a test of their own.
-        index = SpanIndex(text for text in texts if len(text) >= 3)
-        found = index.find(prompt)
+        index = TextSet(text for text in texts if len(text) >= 3)
+        found = find_in(index, prompt)
     expected = longest_matches(texts, prompt, 3, 5)
     assert [(m.start, m.end) for m in found] == [(start, end) for start, end, _ in expected]
     assert all(m.text in known for m, (_, _, known) in zip(found, expected, strict=True))
@@ -93,8 +98,8 @@ def test_find_in_prompts_made_of_the_texts(texts: list[str], data: st.DataObject
         for text in data.draw(st.lists(parts, max_size=8))
     )
     with small_limits():
-        index = SpanIndex(text for text in texts if len(text.strip()) >= 3)
-        found = index.find(prompt)
+        index = TextSet(text for text in texts if len(text.strip()) >= 3)
+        found = find_in(index, prompt)
     expected = longest_matches(texts, prompt, 3, 5)
     assert [(m.start, m.end) for m in found] == [(start, end) for start, end, _ in expected]
     assert all(m.text in known for m, (_, _, known) in zip(found, expected, strict=True))
@@ -109,11 +114,11 @@ def test_discarded_texts_are_as_if_they_had_never_been_added(
     gone = data.draw(st.lists(st.sampled_from([*texts, "abab"]), max_size=4))
     prompt = "\n".join(data.draw(st.permutations(texts)))
     with small_limits():
-        index = SpanIndex(texts)
+        index = TextSet(texts)
         for text in gone:
             index.discard(text)
-        kept = SpanIndex(text for text in texts if text not in gone)
-        assert index.find(prompt) == kept.find(prompt)
+        kept = TextSet(text for text in texts if text not in gone)
+        assert find_in(index, prompt) == find_in(kept, prompt)
 
 
 @SETTINGS
@@ -121,8 +126,8 @@ def test_discarded_texts_are_as_if_they_had_never_been_added(
 def test_the_order_of_adding_does_not_matter(texts: list[str], prompt: str) -> None:
     """Nor does adding twice."""
     with small_limits():
-        forth, back = SpanIndex(texts), SpanIndex([*reversed(texts), *texts])
-        assert forth.find(prompt) == back.find(prompt)
+        forth, back = TextSet(texts), TextSet([*reversed(texts), *texts])
+        assert find_in(forth, prompt) == find_in(back, prompt)
 
 
 @pytest.mark.usefixtures("_small_limits")
@@ -137,7 +142,7 @@ def test_the_order_of_adding_does_not_matter(texts: list[str], prompt: str) -> N
 def test_a_whole_text_comes_before_an_equally_long_cut_of_another(longer: str, prompt: str) -> None:
     """A document that another one continues (a chunk and its parent) is itself when it is whole."""
     whole = "The sun is hot."
-    assert SpanIndex([whole, longer]).find(prompt) == [Match(0, len(whole), whole)]
+    assert find_in(TextSet([whole, longer]), prompt) == [Match(0, len(whole), whole)]
 
 
 def test_thousands_of_texts_with_one_header() -> None:
@@ -148,23 +153,23 @@ def test_thousands_of_texts_with_one_header() -> None:
     numbers = random.Random(0)
     texts = [f"{header}{numbers.randrange(10**9):x} is article {n}, ends" for n in range(5000)]
     texts += [f"{text} not here." for text in texts[::50]]
-    index = SpanIndex(texts)
+    index = TextSet(texts)
     for text in texts[::97] + texts[5000:]:
         prompt = f"Context:\n\n{text}\n\nQuestion: why?"
-        assert index.find(prompt) == [Match(10, 10 + len(text), text)]
+        assert find_in(index, prompt) == [Match(10, 10 + len(text), text)]
     joined = "\n\n".join(texts[:300])
-    assert [m.text for m in index.find(joined)] == texts[:300]
+    assert [m.text for m in find_in(index, joined)] == texts[:300]
 
 
 def test_limits_are_the_documented_ones() -> None:
     """A document that was cut is found from 128 characters on, and not from 127."""
     text = "".join(chr(ord("a") + n % 26) for n in range(300))
-    index = SpanIndex([text])
+    index = TextSet([text])
     assert (ANCHOR_CHARS, MIN_CUT_CHARS) == (24, 128)
-    assert index.find(f"x {text[:128]}|") == [Match(2, 130, text)]
-    assert index.find(f"x {text[:127]}|") == []
-    assert index.find(text[:128]) == [Match(0, 128, text)]
-    assert SpanIndex([text[:127]]).find(f"x {text[:127]}|") == [Match(2, 129, text[:127])]
+    assert find_in(index, f"x {text[:128]}|") == [Match(2, 130, text)]
+    assert find_in(index, f"x {text[:127]}|") == []
+    assert find_in(index, text[:128]) == [Match(0, 128, text)]
+    assert find_in(TextSet([text[:127]]), f"x {text[:127]}|") == [Match(2, 129, text[:127])]
 
 
 def test_the_longest_cut_wins() -> None:
@@ -172,7 +177,7 @@ def test_the_longest_cut_wins() -> None:
     head = "h" * 150
     texts = [head + 10 * letter + "!" for letter in "abcdef"]
     for letter in "abcdef":
-        (match,) = SpanIndex(texts).find(f"> {head}{5 * letter}")
+        (match,) = find_in(TextSet(texts), f"> {head}{5 * letter}")
         assert match == Match(2, 157, f"{head}{10 * letter}!")
 
 
@@ -180,11 +185,11 @@ def test_the_longest_cut_wins() -> None:
 def test_whitespace_around_a_text_does_not_count(text: str) -> None:
     """Neither when it is added nor when it is discarded."""
     core = "A text that is long enough, with  spaces inside."
-    index = SpanIndex([text.format(core)])
-    assert index.find(f"({core})") == [Match(1, 1 + len(core), core)]
-    assert index.find(core.replace("  ", " ")) == []
+    index = TextSet([text.format(core)])
+    assert find_in(index, f"({core})") == [Match(1, 1 + len(core), core)]
+    assert find_in(index, core.replace("  ", " ")) == []
     index.discard(f"\n{core}\n")
-    assert index.find(core) == []
+    assert find_in(index, core) == []
 
 
 @pytest.mark.parametrize(
@@ -204,7 +209,7 @@ def test_whitespace_around_a_text_does_not_count(text: str) -> None:
 )
 def test_a_short_text_counts_only_on_a_line_of_its_own(prompt: str, starts: list[int]) -> None:
     """Else "Yes." would be found in half of all texts."""
-    assert SpanIndex(["Yes."]).find(prompt) == [Match(s, s + 4, "Yes.") for s in starts]
+    assert find_in(TextSet(["Yes."]), prompt) == [Match(s, s + 4, "Yes.") for s in starts]
 
 
 @pytest.mark.usefixtures("_small_limits")
@@ -218,34 +223,34 @@ def test_short_texts_are_found_as_lines(texts: list[str], prompt: str) -> None:
             expected.append(Match(at, at + len(line), line))
         at += len(line) + 1
     with small_limits():
-        assert SpanIndex(texts).find(prompt) == expected
+        assert find_in(TextSet(texts), prompt) == expected
 
 
 def test_of_short_texts_too_the_longest_is_taken() -> None:
     """A text of two lines is one document, though its first line is one too."""
     for number in range(50):
-        index = SpanIndex([f"{number}", f"{number}\nmore", "more"])
-        assert [m.text for m in index.find(f"{number}\nmore")] == [f"{number}\nmore"]
+        index = TextSet([f"{number}", f"{number}\nmore", "more"])
+        assert [m.text for m in find_in(index, f"{number}\nmore")] == [f"{number}\nmore"]
 
 
 def test_a_short_text_is_found_right_after_a_place_where_it_was_not_alone() -> None:
     """Occurrences that overlap."""
-    assert SpanIndex(["x\nx"]).find("ax\nx\nx") == [Match(3, 6, "x\nx")]
+    assert find_in(TextSet(["x\nx"]), "ax\nx\nx") == [Match(3, 6, "x\nx")]
 
 
 def test_short_texts_do_not_break_up_long_ones() -> None:
     """A line of a document that is known as a text of its own stays part of the document."""
     text = "The first line of it.\nYes.\nThe last line of it."
-    index = SpanIndex(["Yes.", text])
+    index = TextSet(["Yes.", text])
     prompt = f"Yes.\n{text}\nYes."
-    assert [m.text for m in index.find(prompt)] == ["Yes.", text, "Yes."]
+    assert [m.text for m in find_in(index, prompt)] == ["Yes.", text, "Yes."]
 
 
 def test_nothing_is_found_where_nothing_is_known() -> None:
     """Empty texts, empty prompts."""
-    assert SpanIndex().find("anything") == []
-    assert SpanIndex(["", "  \n"]).find("\n\n  \n") == []
-    assert SpanIndex(["A text that is long enough to be one."]).find("") == []
+    assert find_in(TextSet(), "anything") == []
+    assert find_in(TextSet(["", "  \n"]), "\n\n  \n") == []
+    assert find_in(TextSet(["A text that is long enough to be one."]), "") == []
 
 
 # --- tokenizers ---------------------------------------------------------------------------------
@@ -353,7 +358,7 @@ def decoded(kind: str, ids: Sequence[int]) -> str:
 def cut_up(kind: str, prompt: str, documents: Sequence[str], **options: Any) -> list[Piece]:
     """The pieces of a prompt, under small limits."""
     with small_limits():
-        matches = SpanIndex(documents).find(prompt)
+        matches = find_in(TextSet(documents), prompt)
     return Tokenizer(TOKENIZERS[kind], **options).pieces(prompt, matches, add_bos=False)
 
 
@@ -414,7 +419,7 @@ def test_stored_ids_are_used_instead_of_tokenising(kind: str) -> None:
     stored = {DOCUMENTS[0]: token_array([7, 7, 7])}
     prompt = f"{DOCUMENTS[0]}\n\n{DOCUMENTS[1]}\n\n{DOCUMENTS[0][:12]}"
     with small_limits():
-        matches = SpanIndex(DOCUMENTS).find(prompt)
+        matches = find_in(TextSet(DOCUMENTS), prompt)
     asked: list[str] = []
 
     def look_up(text: str) -> TokenIds | None:
@@ -528,7 +533,7 @@ def test_bos_stands_once_and_first(
     """Whether the template has written it or not, and whether a document comes first or not."""
     tokenizer = Tokenizer(byte_tokenizer(adds_bos=True), tokenization)
     with small_limits():
-        matches = SpanIndex(["The document."]).find(prompt)
+        matches = find_in(TextSet(["The document."]), prompt)
     ids = joined(tokenizer.pieces(prompt, matches, add_bos=add_bos))
     assert ids.count(BOS) == expected
     assert ids[:expected] == [BOS] * expected
@@ -553,7 +558,7 @@ def test_a_document_that_begins_with_the_text_of_bos_does_not_replace_it() -> No
     """In a document "<bos>" is text; the prompt still begins with the token."""
     document = "<bos> is how a prompt begins."
     with small_limits():
-        matches = SpanIndex([document]).find(document)
+        matches = find_in(TextSet([document]), document)
     pieces = Tokenizer(byte_tokenizer(adds_bos=True)).pieces(document, matches, add_bos=True)
     assert joined(pieces).count(BOS) == 1
     assert joined(pieces)[0] == BOS
@@ -591,7 +596,7 @@ def test_a_preamble_in_front_of_a_document_has_the_preambles_ids(kind: str) -> N
     tokenizer = Tokenizer(TOKENIZERS[kind])
     expected = tokenizer.preamble(preamble, add_bos=True).tolist()
     with small_limits():
-        matches = SpanIndex(DOCUMENTS).find(preamble + DOCUMENTS[1])
+        matches = find_in(TextSet(DOCUMENTS), preamble + DOCUMENTS[1])
     pieces = tokenizer.pieces(preamble + DOCUMENTS[1], matches, add_bos=True)
     assert joined(pieces[:-1]) == expected
 
@@ -604,7 +609,7 @@ def test_a_preamble_in_front_of_a_document_has_the_preambles_ids(kind: str) -> N
 def test_strict_ids_are_the_tokenizers_own(kind: str, prompt: str) -> None:
     """Token for token what transformers reads, the first token included."""
     with small_limits():
-        matches = SpanIndex(DOCUMENTS).find(prompt)
+        matches = find_in(TextSet(DOCUMENTS), prompt)
     pieces = Tokenizer(TOKENIZERS[kind], "strict").pieces(prompt, matches, add_bos=True)
     assert joined(pieces) == TOKENIZERS[kind](prompt)["input_ids"]
 
