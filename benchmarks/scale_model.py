@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +60,8 @@ class Paced:
     bytes_per_s: float
 
     @contextmanager
-    def reading(self) -> Iterator[ValueReader]:
-        with self.store.reading() as reader:
+    def reading(self, keys: Collection[StateKey] = ()) -> Iterator[ValueReader]:
+        with self.store.reading(keys) as reader:
             yield PacedReader(reader, self.bytes_per_s)
 
 

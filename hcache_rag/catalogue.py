@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,9 +10,9 @@ import numpy as np
 
 from hcache_rag.errors import StoreError
 from hcache_rag.prompt import Tokenizer
-from hcache_rag.state import StateKey, StateRecord, TokenIds, child_key
+from hcache_rag.state import StateKey, StateRecord, TokenIds
 from hcache_rag.store import StateStore
-from hcache_rag.texts import TextSet, find_texts
+from hcache_rag.texts import Match, TextSet, find_texts
 
 logger = logging.getLogger("hcache_rag")
 
@@ -52,85 +51,80 @@ class Catalogue:
         self._tokenizer = tokenizer
         self._root = root
         self._parent = parent
-        self._index = TextSet()
-        self._states: dict[str, set[StateKey]] = {}
-        self._foreign: dict[str, StateKey] = {}
-        self._damaged: dict[str, str] = {}
-        self._lock = threading.Lock()
-        try:
-            for record in store.records():
-                self.add(record)
-        except StoreError as error:
-            logger.warning("%s; the states behind the damage are not used", error)
+        self._announced = TextSet()
+        self._damaged: dict[StateKey, tuple[str, str]] = {}
 
-    @property
     def num_foreign(self) -> int:
-        """Documents whose only states belong to other models or tokenizers."""
-        return len(self._foreign)
-
-    def add(self, record: StateRecord) -> None:
-        """A state was stored, or found in the store."""
-        if record.is_preamble:
-            return
-        with self._lock:
-            if record.root == self._root:
-                self._states.setdefault(record.text, set()).add(record.key)
-                self._foreign.pop(record.text, None)
-                self._damaged.pop(record.text, None)
-            elif record.text not in self._states:
-                self._foreign[record.text] = record.root
-        self._index.add([record.text])
+        """Documents of other models or tokenizers, where there is none of this one."""
+        totals = self._store.totals()
+        if self._root in totals and totals[self._root].documents:
+            return 0
+        return sum(sums.documents for sums in totals.values())
 
     def announce(self, texts: Iterable[str]) -> None:
         """These texts are documents, with a state or without."""
-        self._index.add(texts)
+        self._announced.add(texts)
 
-    def mark_damaged(self, record: StateRecord, reason: str) -> None:
-        """A state turned out to be unusable: do not look at it again."""
-        with self._lock:
-            self._states.get(record.text, set()).discard(record.key)
-            self._damaged[record.text] = reason
+    def mark_damaged(self, key: StateKey, text: str, reason: str) -> None:
+        """A state turned out to be unusable: do not look at it again until it is stored anew."""
+        self._damaged[key] = (text, reason)
+        self._announced.add([text])  # it stays a document, whatever becomes of its state
+
+    def mark_stored(self, key: StateKey) -> None:
+        """A state has been stored."""
+        self._damaged.pop(key, None)
+
+    def is_damaged(self, key: StateKey) -> bool:
+        """Whether a state turned out to be unusable."""
+        return key in self._damaged
 
     def resolve(self, prompt: str, *, add_bos: bool) -> list[ResolvedPiece]:
         """Cut a prompt into pieces and find their states."""
-        matches = find_texts(prompt, [self._index])
-        records = {match.text: self._record(match.text) for match in matches}
+        matches = self._matches(prompt)
+        known = {match.text: self._known(match.text) for match in matches}
 
         def stored(text: str) -> TokenIds | None:
-            record = records[text]
+            record = known[text][0]
             return None if record is None else record.token_ids
 
         pieces = self._tokenizer.pieces(prompt, matches, add_bos=add_bos, stored=stored)
         return [
             ResolvedPiece(piece.token_ids, None, None)
             if piece.document is None
-            else self._resolve(piece.token_ids, piece.document, records[piece.document])
+            else self._resolve(piece.token_ids, piece.document, *known[piece.document])
             for piece in pieces
         ]
 
-    def _record(self, text: str) -> StateRecord | None:
-        """The state of a text: one computed after `parent` if there is one, else any."""
-        with self._lock:
-            keys = sorted(self._states.get(text, ()))
-        records = [r for r in map(self._store.record, keys) if r is not None]
-        if not records:  # another process may have stored it meanwhile
-            token_ids = self._tokenizer.document(text)
-            found = self._store.record(child_key(self._parent, token_ids))
-            records = [found] if found is not None else []
-        return max(records, key=lambda r: r.parent == self._parent, default=None)
+    def _matches(self, prompt: str) -> list[Match]:
+        try:
+            return find_texts(prompt, [self._store, self._announced])
+        except StoreError as error:
+            logger.warning("%s; no stored document is looked for", error)
+            return find_texts(prompt, [self._announced])
+
+    def _known(self, text: str) -> tuple[StateRecord | None, str | None]:
+        """The state of a text, computed after `parent` if there is such a one, or why not."""
+        try:
+            records = self._store.find(text)
+        except StoreError as error:
+            return None, f"its state cannot be looked for ({error})"
+        own = [r for r in records if r.root == self._root and r.key not in self._damaged]
+        if own:
+            return max(own, key=lambda record: record.parent == self._parent), None
+        reasons = [reason for damaged, reason in self._damaged.values() if damaged == text]
+        if reasons:
+            return None, reasons[-1]
+        for record in records:
+            if record.root != self._root:
+                name = self._store.model_names().get(record.root, "another model")
+                return None, f"state made by another model or tokenizer ({name})"
+        return None, NOT_STORED
 
     def _resolve(
-        self, token_ids: TokenIds, document: str, record: StateRecord | None
+        self, token_ids: TokenIds, document: str, record: StateRecord | None, miss: str | None
     ) -> ResolvedPiece:
-        miss: str | None = None
-        if record is not None:
-            if np.array_equal(record.token_ids[: len(token_ids)], token_ids):
-                return ResolvedPiece(token_ids, document, record)
-            miss = "stored token ids differ from the prompt's"
-        with self._lock:
-            miss = miss or self._damaged.get(document)
-            foreign = self._foreign.get(document)
-        if miss is None and foreign is not None:
-            name = self._store.model_names().get(foreign, "another model")
-            miss = f"state made by another model or tokenizer ({name})"
-        return ResolvedPiece(token_ids, document, None, miss or NOT_STORED)
+        if record is None:
+            return ResolvedPiece(token_ids, document, None, miss)
+        if np.array_equal(record.token_ids[: len(token_ids)], token_ids):
+            return ResolvedPiece(token_ids, document, record)
+        return ResolvedPiece(token_ids, document, None, "stored token ids differ from the prompt's")

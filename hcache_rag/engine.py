@@ -26,7 +26,12 @@ from hcache_rag.choice import (
     storage_dtypes,
 )
 from hcache_rag.compose import Composition, compose
-from hcache_rag.errors import PromptTooLongError, StateError, UnsupportedModelError
+from hcache_rag.errors import (
+    PromptTooLongError,
+    StateError,
+    StoreError,
+    UnsupportedModelError,
+)
 from hcache_rag.executor import open_restoring, span_sizes
 from hcache_rag.generation import GenerationOptions, decode
 from hcache_rag.indexing import Indexer, PendingState, PrecomputeReport
@@ -41,7 +46,7 @@ from hcache_rag.profile import HardwareProfile
 from hcache_rag.prompt import Tokenization, Tokenizer
 from hcache_rag.provenance import Generation, Provenance
 from hcache_rag.repair import begin_repair, repair_share
-from hcache_rag.state import StateKey, StateRecord, TokenIds, root_key
+from hcache_rag.state import StateRecord, TokenIds, root_key
 from hcache_rag.store import StateStore
 from hcache_rag.streaming import GenerationStream
 
@@ -133,8 +138,8 @@ class HCacheEngine:
             self.choice,
             self.root,
             PendingState(self._parent, preamble_ids, preamble),
+            profile.costs_of(self.adapter.spec) if profile is not None else None,
         )
-        self._damaged: set[StateKey] = set()
         self._warned: set[str] = set()
         self._warn_if_foreign()
         give_back_threads()  # the model has been loaded here; requests may come from elsewhere
@@ -158,8 +163,7 @@ class HCacheEngine:
 
     def _stored(self, record: StateRecord) -> None:
         """A state is in the store."""
-        self._damaged.discard(record.key)
-        self._catalogue.add(record)
+        self._catalogue.mark_stored(record.key)
         self._warned.discard(record.text)
 
     def announce(self, texts: Iterable[str]) -> None:
@@ -315,7 +319,7 @@ class HCacheEngine:
         return replace(piece, record=None, miss=miss) if miss else piece
 
     def _compose(self, pieces: Sequence[ResolvedPiece]) -> Composition:
-        has_preamble = self._parent not in (self.root, *self._damaged)
+        has_preamble = self._parent != self.root and not self._catalogue.is_damaged(self._parent)
         preamble = self.store.record(self._parent) if has_preamble else None
         if preamble is not None:
             preamble = self._usable(ResolvedPiece(preamble.token_ids, None, preamble)).record
@@ -388,8 +392,19 @@ class HCacheEngine:
         provenance = provenance_of(
             composition, pieces, seconds, timeline, warnings, repaired=repaired, plan=plan
         )
+        self._count_use(pieces)
         self._warn_of(pieces)
         return Generation(text, token_ids, reason, provenance, timeline)
+
+    def _count_use(self, pieces: Sequence[ResolvedPiece]) -> None:
+        documents = [piece for piece in pieces if piece.document is not None]
+        missed = [piece for piece in documents if piece.record is None]
+        self.store.count_use(
+            [piece.record.key for piece in documents if piece.record is not None],
+            misses=len(missed),
+            hit_tokens=sum(len(p.token_ids) for p in documents if p.record is not None),
+            missed_tokens=sum(len(p.token_ids) for p in missed),
+        )
 
     def _warn_of(self, pieces: Sequence[ResolvedPiece]) -> None:
         """Log why documents have no usable state, once for each of them."""
@@ -404,12 +419,15 @@ class HCacheEngine:
         message = f"{error}; it was dropped and its tokens are read afresh"
         warnings.append(message)
         logger.warning(message)
-        self._damaged.add(error.key)
         record = self.store.record(error.key)
-        if record is not None:
-            self._catalogue.mark_damaged(record, f"damaged state ({error.reason})")
+        text = record.text if record is not None else ""
+        self._catalogue.mark_damaged(error.key, text, f"damaged state ({error.reason})")
+        self.store.count_use(damaged=1)
         if not self.store.read_only:
-            self.store.delete(error.key)
+            try:
+                self.store.delete(error.key)
+            except StoreError as failure:
+                logger.warning("it could not be dropped: %s", failure)
         return [
             ResolvedPiece(p.token_ids, p.document, None)  # its warning has been given
             if p.record is not None and p.record.key == error.key
@@ -418,11 +436,12 @@ class HCacheEngine:
         ]
 
     def _warn_if_foreign(self) -> None:
-        if self._catalogue.num_foreign:
+        num_foreign = self._catalogue.num_foreign()
+        if num_foreign:
             logger.warning(
                 "%s holds %d documents whose states were made by another model or tokenizer; "
                 "they cannot be used by %s",
                 self.store.path,
-                self._catalogue.num_foreign,
+                num_foreign,
                 self.adapter.spec.name,
             )

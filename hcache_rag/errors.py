@@ -9,6 +9,7 @@
     ├── SourceError                  a folder of documents that cannot be indexed
     ├── StoreError
     │   ├── StoreOpenError           the path cannot hold, or does not hold, a state store
+    │   ├── StoreBusyError           somebody else writes, and one was not to wait
     │   └── StoreFullError           the file or the disk has no room for another state
     └── StateError                   one stored state cannot be used; never reaches a question:
         ├── DamagedStateError        the engine recomputes the span, counts it and warns
@@ -69,6 +70,10 @@ class StoreError(HCacheError):
 
 class StoreOpenError(StoreError):
     """The path cannot hold, or does not hold, a state store."""
+
+
+class StoreBusyError(StoreError):
+    """Another thread or process writes to the store, for longer than was to be waited."""
 
 
 class StoreFullError(StoreError):

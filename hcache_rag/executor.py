@@ -7,7 +7,7 @@ map: the bytes are moved once. First layers, or tokens, that the plan recomputes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -46,8 +46,8 @@ class ValueReader(Protocol):
 class Readable(Protocol):
     """What states are read from: a `StateStore`, or what stands in front of one."""
 
-    def reading(self) -> AbstractContextManager[ValueReader]:
-        """A consistent view for one thread."""
+    def reading(self, keys: Collection[StateKey] = ()) -> AbstractContextManager[ValueReader]:
+        """A consistent view for one thread, in which the states of `keys` stay."""
 
 
 def span_sizes(composition: Composition, prefixes: Prefixes | None) -> list[SpanSize]:
@@ -294,7 +294,8 @@ def open_restoring(
         adapter.decoder.register_forward_hook(end_forward, with_kwargs=True),
     ]
     try:
-        with store.reading() as reader, execution.running(reader):
+        keys = {span.record.key for span in composition.spans}
+        with store.reading(keys) as reader, execution.running(reader):
             yield cache, execution
     finally:
         for hook in hooks:

@@ -20,12 +20,14 @@ from hcache_kernels import (
 from hcache_rag import codec
 from hcache_rag.choice import LayoutChoice
 from hcache_rag.codec import ChunkShape
+from hcache_rag.errors import StoreFullError
 from hcache_rag.layout import GROUP_CHANNELS, LayerFormat, Representation, StateLayout
 from hcache_rag.models import CapturedLayer, ModelAdapter, bit_words, torch_dtype
 from hcache_rag.prefixes import Prefixes
+from hcache_rag.profile import ModelCosts
 from hcache_rag.prompt import Tokenizer
 from hcache_rag.state import StateKey, StateRecord, TokenIds, child_key
-from hcache_rag.store import StateStore
+from hcache_rag.store import NewState, StateStore
 
 BATCH_TOKENS = 2048
 """Tokens of one captured batch, padding included."""
@@ -66,6 +68,7 @@ class Indexer:
         choice: what states keep, and why.
         root: of the model's state tree.
         preamble: the state that texts are read after; its key is `root` where it has no tokens.
+        costs: of the model on this machine, where they are known.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Indexer:
         choice: LayoutChoice,
         root: StateKey,
         preamble: PendingState,
+        costs: ModelCosts | None = None,
     ) -> None:
         self._adapter = adapter
         self._store = store
@@ -85,6 +89,7 @@ class Indexer:
         self._choice = choice
         self._root = root
         self._preamble = preamble
+        self._costs = costs
         self._one_at_a_time = threading.Lock()
 
     def precompute(
@@ -167,6 +172,7 @@ class Indexer:
             parent,
             self._prefixes.cache(parent),
             is_preamble=is_preamble,
+            costs=self._costs,
         )
 
 
@@ -192,22 +198,37 @@ def store_batch(
     after: DynamicCache,
     *,
     is_preamble: bool = False,
+    costs: ModelCosts | None = None,
 ) -> tuple[list[StateRecord], int]:
     """Read a batch of documents after a prefix and store their states.
+
+    Args:
+        costs: what reading a document again would cost, by which states are kept or let go.
 
     Returns:
         The records, and the bytes of all values.
     """
     token_ids = [state.token_ids.tolist() for state in batch]
     captured = adapter.capture(token_ids, [f.representation for f in layout.layers], after)
-    records, stored_bytes = [], 0
+    new = []
     for row, state in enumerate(batch):
         record = StateRecord(
             state.key, parent, root, state.token_ids, state.text, layout, time.time(), is_preamble
         )
-        stored_bytes += store.put(record, _values(adapter, record, captured, row))
-        records.append(record)
-    return records, stored_bytes
+        values = list(_values(adapter, record, captured, row))
+        saved_s = costs.layer(record.num_tokens) * adapter.spec.num_layers if costs else None
+        new.append(NewState(record, values, saved_s))
+    return [state.record for state in new], _put(store, new)
+
+
+def _put(store: StateStore, new: Sequence[NewState]) -> int:
+    """Store a batch at once, or, where there is no room for that, one state after another."""
+    try:
+        return store.put_all(new)
+    except StoreFullError:
+        if len(new) == 1:
+            raise
+        return sum(store.put_all([state]) for state in new)
 
 
 def _values(

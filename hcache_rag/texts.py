@@ -245,7 +245,8 @@ def _longest(view: TextView, prompt: str, at: int) -> Match | None:
     # longer than what the nearest one has in common with the tail: search again, that far.
     while below is not None and len(tail) >= ANCHOR_CHARS:
         if tail.startswith(below):
-            if best is None or len(below) >= best.end - at:
+            is_text = len(below) >= ANCHOR_CHARS
+            if is_text and (best is None or len(below) >= best.end - at):
                 best = Match(at, at + len(below), below)
             break
         tail = tail[: _common_length(below, tail)]

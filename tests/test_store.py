@@ -17,7 +17,7 @@ import lmdb
 import numpy as np
 import pytest
 
-import hcache_rag.environment
+import hcache_rag.store.lmdb_backend
 from hcache_rag.errors import (
     MissingStateError,
     StoreError,
@@ -141,15 +141,26 @@ def test_records_come_in_order_of_their_keys(store: StateStore) -> None:
 
 
 def test_a_record_that_cannot_be_read_is_as_if_it_were_not_there(store: StateStore) -> None:
-    """Not found, not listed, not counted, not contained: so that the document is stored anew."""
-    damaged = replace(a_record(1), parent=bytes(16))
-    store.put(damaged, values())
-    store.put(a_record(2), values())
+    """Not found, not listed, not contained: so that the document is stored anew, and then is."""
+    for number in (1, 2):
+        store.put(a_record(number), values())
+    damaged = a_record(1).key
+    with store._writing() as txn:
+        txn.put("records", store._rows.prefix + damaged, replace(a_record(2)).to_bytes())
 
-    assert store.record(damaged.key) is None
+    assert store.record(damaged) is None
     assert [record.key for record in store.records()] == [a_record(2).key]
-    assert (store.stats().documents, store.stats().unreadable) == (1, 1)
-    assert damaged.key not in store
+    assert store.find("document 1") == []
+    assert damaged not in store
+    store.put(a_record(1), values())
+    assert [record.key for record in store.find("document 1")] == [damaged]
+
+
+def test_a_record_under_a_foreign_key_is_refused(store: StateStore) -> None:
+    """A key is made of the parent and the token ids."""
+    with pytest.raises(ValueError, match=a_record(1).key.hex()):
+        store.put(replace(a_record(1), parent=bytes(16)), values())
+    assert list(store.records()) == []
 
 
 def test_a_missing_chunk_says_which(store: StateStore) -> None:
@@ -253,7 +264,7 @@ def test_a_full_store_says_so_and_keeps_what_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`StoreFullError`, nothing of the new state, the old ones whole, and room after a delete."""
-    monkeypatch.setattr(hcache_rag.environment, "MAP_BYTES", 1 << 20)
+    monkeypatch.setattr(hcache_rag.store.lmdb_backend, "MAP_BYTES", 1 << 20)
     with StateStore.open(tmp_path / "small") as small:
         small.put(a_record(1), values(1, 90_000))
         with pytest.raises(StoreFullError) as caught:

@@ -192,8 +192,6 @@ def stats(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> No
     table.add_row("documents", f"{result['documents']:,}")
     table.add_row("tokens", f"{result['tokens']:,}")
     table.add_row("preambles", f"{result['preambles']:,}")
-    if result["unreadable"]:
-        table.add_row("unreadable records", f"{result['unreadable']:,}")
     table.add_row("bytes on disk", size(result["file_bytes"]))
     for name, count in result["models"].items():
         table.add_row(Text(f"documents of {name}"), f"{count:,}")

@@ -1,0 +1,14 @@
+"""Where states are kept: knows bytes and keys, neither models nor tensors."""
+
+from hcache_rag.store.backend import Durability
+from hcache_rag.store.states import NewState, StateStore, StoredModel, StoreReader
+from hcache_rag.store.stats import StoreStats
+
+__all__ = [
+    "Durability",
+    "NewState",
+    "StateStore",
+    "StoreReader",
+    "StoreStats",
+    "StoredModel",
+]

@@ -1,0 +1,141 @@
+"""The texts of a namespace, found in prompts without being read when the store is opened.
+
+`texts` has the beginning of every text in sorted order, `anchors` a hash of its first characters in
+order of arrival: these are read when a store is opened, and then only what has come since.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from itertools import islice
+
+import numpy as np
+
+from hcache_rag.state import StateKey, StateRecord
+from hcache_rag.store.backend import Transaction
+from hcache_rag.store.tables import (
+    Counters,
+    anchor_of,
+    sequence_key,
+    small_from_bytes,
+    split_text_key,
+    text_key,
+    text_of,
+    text_part,
+)
+from hcache_rag.texts import AnchorSet, TextView
+
+ReadRecord = Callable[[Transaction, StateKey], StateRecord | None]
+
+MAX_ALIKE = 1024
+"""Texts with the same first 480 bytes of which all are compared."""
+
+_AFTER_ALL_KEYS = b"\xff" * 17
+
+
+class StoredTexts:
+    """What is known of the anchors of a namespace. Thread-safe."""
+
+    def __init__(self, prefix: bytes, read_record: ReadRecord) -> None:
+        self._prefix = prefix
+        self._read_record = read_record
+        self._anchors = AnchorSet()
+        self._short: set[str] = set()
+        self._next = 0
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def looking(self, txn: Transaction) -> Iterator[TextView]:
+        """The texts that a transaction sees."""
+        with self._lock:
+            self._catch_up(txn)
+            yield _View(txn, self._prefix, self._anchors, self._short, self._read_record)
+
+    def _catch_up(self, txn: Transaction) -> None:
+        counters: Counters = small_from_bytes(Counters, txn.get("totals", self._prefix))
+        if counters.sequence < self._next:  # the namespace was deleted and made anew
+            self._anchors, self._short, self._next = AnchorSet(), set(), 0
+        if counters.sequence == self._next:
+            return
+        start = sequence_key(self._prefix, self._next)
+        anchors = []
+        for _, value in txn.scan("anchors", self._prefix, start):
+            anchor = anchor_of(value)
+            if isinstance(anchor, int):
+                anchors.append(anchor)
+            elif anchor:
+                self._short.add(anchor)
+        if anchors:
+            self._anchors.add(np.array(anchors, np.uint64))
+        self._next = counters.sequence
+
+
+class _View:
+    """See `hcache_rag.texts.TextView`."""
+
+    def __init__(
+        self,
+        txn: Transaction,
+        prefix: bytes,
+        anchors: AnchorSet,
+        short: set[str],
+        read_record: ReadRecord,
+    ) -> None:
+        self._txn = txn
+        self._prefix = prefix
+        self._anchors = anchors
+        self._short = short
+        self._read_record = read_record
+
+    @property
+    def anchors(self) -> AnchorSet:
+        return self._anchors
+
+    @property
+    def short(self) -> Collection[str]:
+        return [text for text in self._short if self._is_stored(text)]
+
+    def _is_stored(self, text: str) -> bool:
+        first = text_key(self._prefix, text_part(text)[0])
+        row = self._txn.at_or_after("texts", first)
+        return row is not None and row[0].startswith(first)
+
+    def around(self, tail: str) -> tuple[str | None, str | None]:
+        part, is_whole = text_part(tail)
+        first = text_key(self._prefix, part)
+        after = first + _AFTER_ALL_KEYS
+        if is_whole:
+            return self._text(self._txn.before("texts", after)), self._text(
+                self._txn.at_or_after("texts", after)
+            )
+        alike = sorted(
+            {r.text for r in records_alike(self._txn, self._prefix, part, self._read_record)}
+        )
+        place = bisect_right(alike, tail)
+        below = alike[place - 1] if place else self._text(self._txn.before("texts", first))
+        if place < len(alike):
+            return below, alike[place]
+        return below, self._text(self._txn.at_or_after("texts", after))
+
+    def _text(self, row: tuple[bytes, bytes] | None) -> str | None:
+        if row is None or not row[0].startswith(self._prefix):
+            return None
+        part, key = split_text_key(self._prefix, row[0])
+        if not row[1]:
+            return text_of(part)
+        record = self._read_record(self._txn, key)
+        return record.text if record is not None else None
+
+
+def records_alike(
+    txn: Transaction, prefix: bytes, part: bytes, read_record: ReadRecord
+) -> Iterator[StateRecord]:
+    """The states of all texts that begin with `part`, or are it where it is a whole text."""
+    rows = txn.scan("texts", text_key(prefix, part))
+    for row_key, _ in islice(rows, MAX_ALIKE):
+        record = read_record(txn, split_text_key(prefix, row_key)[1])
+        if record is not None:
+            yield record
