@@ -97,8 +97,14 @@ def _convert(source: Path, target: Path) -> None:
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     plain.generation_config = model.generation_config
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"{MODEL_NAME} cannot be kept in {target.parent}: {error.strerror}; "
+            "XDG_CACHE_HOME names another place"
+        ) from error
     try:
         plain.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)

@@ -37,7 +37,7 @@ class Objective:
     def __post_init__(self) -> None:
         if self.goal not in ("time", "bytes"):
             raise ValueError(f"goal is 'time' or 'bytes', not {self.goal!r}")
-        if self.max_bytes_per_token is not None and self.max_bytes_per_token <= 0:
+        if self.max_bytes_per_token is not None and not 0 < self.max_bytes_per_token < float("inf"):
             raise ValueError(
                 f"max_bytes_per_token must be positive, not {self.max_bytes_per_token}"
             )
@@ -57,6 +57,10 @@ class Prompt:
     restored_tokens: int = 2048
     documents: int = 4
     fresh_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        if self.restored_tokens < 1 or self.documents < 1 or self.fresh_tokens < 0:
+            raise ValueError(f"no prompt has these numbers: {self}")
 
     @property
     def document_tokens(self) -> int:
@@ -181,6 +185,7 @@ class _Mixes:
         self.spec, self.costs, self.rate = spec, costs, rate
         self.formats, self.prompt = formats, prompt
         self.chunk_tokens = StateLayout.of(spec, formats).chunk_tokens
+        self._own_chunk_tokens = [StateLayout.of(spec, [fmt]).chunk_tokens for fmt in formats]
 
     def best(self, objective: Objective, machine: str) -> LayoutChoice:
         """The mix with the least makespan; of equally fast ones, the one of fewest bytes."""
@@ -229,12 +234,22 @@ class _Mixes:
 
     def makespans(self, codes: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> Seconds:
         """The least makespan (C,) of each layout (C, L), with any number of layers recomputed."""
+        times = self._makespans(codes, self.chunk_tokens)
+        for code, chunk_tokens in enumerate(self._own_chunk_tokens):
+            is_pure = ((codes == code) | (codes == 2)).all(1)
+            if chunk_tokens != self.chunk_tokens and is_pure.any():
+                times[is_pure] = self._makespans(codes[is_pure], chunk_tokens)
+        return times
+
+    def _makespans(
+        self, codes: np.ndarray[tuple[int, int], np.dtype[np.int64]], chunk_tokens: int
+    ) -> Seconds:
         prompt, num_layers = self.prompt, self.spec.num_layers
         tokens = prompt.document_tokens * prompt.documents
-        pieces = pieces_of_layers(num_layers, tokens, piece_tokens_for(tokens), self.chunk_tokens)
+        pieces = pieces_of_layers(num_layers, tokens, piece_tokens_for(tokens), chunk_tokens)
         read_s, move_s, call_s = [], [], []
-        whole, rest = divmod(prompt.document_tokens, self.chunk_tokens)
-        chunks = [self.chunk_tokens] * whole + [rest] * bool(rest)
+        whole, rest = divmod(prompt.document_tokens, chunk_tokens)
+        chunks = [chunk_tokens] * whole + [rest] * bool(rest)
         for fmt in self.formats:
             num_bytes = sum(fmt.value_bytes(self.spec, n) for n in chunks) * prompt.documents
             cost = self.costs.restore(fmt)
@@ -274,7 +289,10 @@ def hull_in_words(
         f"{work_share:.2f} of the work of recomputing it"
     )
     if byte_share + work_share < 1:
-        return f"hidden states can be part of the best mix: {numbers}, together less than 1"
+        return (
+            f"hidden states are part of the best mix at some read rates: {numbers}, together "
+            "less than 1"
+        )
     return (
         f"hidden states are never part of the best mix for this model, because {numbers}: "
         "together not less than 1"

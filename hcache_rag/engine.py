@@ -118,6 +118,7 @@ class HCacheEngine:
         if profile == "auto":
             profile = find_profile(store.path if isinstance(store, StateStore) else store)
         self.choice = self._choose(representation, storage_dtype, profile, objective)
+        self._is_asked_for = representation != "auto" or storage_dtype is not None
         self.root = root_key(self.adapter.fingerprint, tokenizer_fingerprint(tokenizer))
         self.reference_mode = reference_mode
         self.add_bos = add_bos
@@ -138,6 +139,7 @@ class HCacheEngine:
             self.choice,
             self.root,
             PendingState(self._parent, preamble_ids, preamble),
+            self._is_kept,
             profile.costs_of(self.adapter.spec) if profile is not None else None,
         )
         self._warned: set[str] = set()
@@ -152,6 +154,9 @@ class HCacheEngine:
         on_progress: Callable[[int, int], None] | None = None,
     ) -> PrecomputeReport:
         """Read texts once and keep their states; what is already stored is not read again.
+
+        A state that is kept in another form than was asked for (`representation`, `storage_dtype`,
+        `fidelity="exact"`) is computed anew.
 
         Args:
             on_progress: called with (documents done, documents to do), also before the first.
@@ -301,6 +306,12 @@ class HCacheEngine:
             return fixed_layout(spec, representation, storage_dtype)
         hidden, kv = storage_dtypes(spec, storage_dtype)
         return choose_layout(spec, profile, objective, hidden_dtype=hidden, kv_dtype=kv)
+
+    def _is_kept(self, layout: StateLayout) -> bool:
+        """Whether a stored state in this layout need not be stored anew."""
+        if self._is_asked_for:
+            return layout == self.choice.layout
+        return self.fidelity != "exact" or layout.is_lossless(self.adapter.spec.dtype)
 
     def _resolve(self, prompt: str, add_bos: bool | None) -> list[ResolvedPiece]:
         bos = self.add_bos if add_bos is None else add_bos

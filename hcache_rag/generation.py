@@ -24,7 +24,7 @@ class GenerationOptions:
         max_new_tokens: the longest answer.
         temperature: 0 decodes greedily; None leaves it to the model's generation config.
         top_p, top_k: sampling limits; None leaves them to the model's generation config.
-        stop: the answer ends before the first of these strings.
+        stop: the answer ends before the first of these strings, or before the one.
         seed: seeds torch's global generator before sampling.
         extra: more arguments for transformers' `generate`.
     """
@@ -33,7 +33,7 @@ class GenerationOptions:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
-    stop: Sequence[str] = ()
+    stop: Sequence[str] | str = ()
     seed: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -42,9 +42,18 @@ class GenerationOptions:
             raise ValueError(f"max_new_tokens must be positive, not {self.max_new_tokens}")
         if self.temperature is not None and self.temperature < 0:
             raise ValueError(f"temperature must not be negative, but is {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p lies between 0 and 1, but is {self.top_p}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be positive, not {self.top_k}")
         for name in ("num_beams", "num_return_sequences"):
             if self.extra.get(name, 1) != 1:
                 raise ValueError(f"{name}={self.extra[name]}: only one sequence can be generated")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The strings that end an answer."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def generate_kwargs(self) -> dict[str, Any]:
         """The same for transformers' `generate`, without the length and stop strings."""
@@ -157,7 +166,7 @@ def decode(
     Returns:
         The text, its token ids, and "stop", "length" or "cancelled".
     """
-    assembler = TextAssembler(tokenizer, options.stop)
+    assembler = TextAssembler(tokenizer, options.stops)
     tokens: list[int] = []
     ends = _end_tokens(model, tokenizer)
     stopping = threading.Event()

@@ -68,6 +68,7 @@ class Indexer:
         choice: what states keep, and why.
         root: of the model's state tree.
         preamble: the state that texts are read after; its key is `root` where it has no tokens.
+        is_kept: whether a state that is stored already in some layout will do.
         costs: of the model on this machine, where they are known.
     """
 
@@ -80,6 +81,7 @@ class Indexer:
         choice: LayoutChoice,
         root: StateKey,
         preamble: PendingState,
+        is_kept: Callable[[StateLayout], bool] = lambda _layout: True,
         costs: ModelCosts | None = None,
     ) -> None:
         self._adapter = adapter
@@ -89,6 +91,7 @@ class Indexer:
         self._choice = choice
         self._root = root
         self._preamble = preamble
+        self._is_kept = is_kept
         self._costs = costs
         self._one_at_a_time = threading.Lock()
 
@@ -99,6 +102,8 @@ class Indexer:
         on_progress: Callable[[int, int], None] | None = None,
     ) -> PrecomputeReport:
         """See `HCacheEngine.precompute`; `on_stored` is told of each state that is stored."""
+        if isinstance(texts, str):
+            raise TypeError("texts are a list of strings, not one string")
         started = time.perf_counter()
         with self._one_at_a_time:
             pending, reused, skipped = self._pending(texts)
@@ -144,11 +149,15 @@ class Indexer:
                 skipped.append((stripped[:40], reason))
             elif key in pending or key in reused:
                 continue
-            elif self._store.record(key) is not None:
+            elif self._has(key):
                 reused.add(key)
             else:
                 pending[key] = PendingState(key, token_ids, stripped)
         return list(pending.values()), len(reused), skipped
+
+    def _has(self, key: StateKey) -> bool:
+        record = self._store.record(key)
+        return record is not None and self._is_kept(record.layout)
 
     def _begin(self, on_stored: Callable[[StateRecord], None]) -> None:
         """Say in the store what will be kept, and store the preamble's state if it is missing."""
@@ -156,7 +165,7 @@ class Indexer:
         name = self._adapter.spec.name
         self._store.name_model(self._root, name, str(choice.layout), choice.reason)
         preamble = self._preamble
-        if preamble.key != self._root and self._store.record(preamble.key) is None:
+        if preamble.key != self._root and not self._has(preamble.key):
             (record,), _ = self._store_batch([preamble], self._root, is_preamble=True)
             on_stored(record)
 

@@ -346,12 +346,23 @@ def bit_words(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 
 def spec_of(config: Any, name: str, dtype: str) -> ModelSpec:
-    """The numbers of a model, from its transformers configuration."""
+    """The numbers of a model, from its transformers configuration.
+
+    Raises:
+        UnsupportedModelError: numbers that no decoder has.
+    """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     window = int(config.max_position_embeddings)
     sliding = getattr(config, "sliding_window", None)
     if sliding and getattr(config, "use_sliding_window", True):
         window = min(window, int(sliding))
+    try:
+        return _spec_of(config, name, dtype, head_dim, window)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{name}: {error}") from error
+
+
+def _spec_of(config: Any, name: str, dtype: str, head_dim: int, window: int) -> ModelSpec:
     return ModelSpec(
         name=name,
         family=config.model_type,

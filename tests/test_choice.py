@@ -631,7 +631,7 @@ def test_llama_2_keeps_hidden_states_on_the_papers_machine(dtype: str) -> None:
         MODELS["llama-2-7b"], HARDWARE["a100-4ssd"], hidden_dtype=dtype, kv_dtype=dtype
     )
     assert 16 < choice.layout.layers.count(LayerFormat(HIDDEN, dtype)) <= 32
-    assert "hidden states can be part of the best mix" in choice.reason
+    assert "hidden states are part of the best mix" in choice.reason
     assert "never" not in choice.reason
 
 

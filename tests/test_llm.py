@@ -616,6 +616,32 @@ def test_a_stream_that_waits_does_not_hold_up_other_calls(
     assert [first, *stream][-1].text == expected
 
 
+def test_cancelling_a_call_that_waits_does_not_wait_for_the_one_in_front(
+    new_llm: Callable[..., HCacheLLM], model: PreTrainedModel
+) -> None:
+    """The call in front goes on, and stands still until the other one has been cancelled."""
+    llm, may_go_on = new_llm(), threading.Event()
+    expected = llm.complete(PROMPT).text
+
+    async def cancelled() -> str:
+        begun, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def stand_still() -> None:
+            loop.call_soon_threadsafe(begun.set)
+            assert may_go_on.wait(120)
+
+        with before_every_pass(model, stand_still):
+            front = asyncio.create_task(llm.acomplete(PROMPT))
+            await begun.wait()
+            waiting = asyncio.create_task(llm.acomplete(PROMPT))
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(waiting, 0.2)
+            may_go_on.set()
+            return str((await front).text)
+
+    assert asyncio.run(cancelled()) == expected
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_an_error_while_generating_reaches_the_caller(
     new_llm: Callable[..., HCacheLLM], model: PreTrainedModel, name: str

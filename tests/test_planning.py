@@ -182,10 +182,50 @@ def test_unknown_hardware_and_no_measurement_are_one_line(run: Run, tmp_path: Pa
     broken.write_text("{}")
     outcome = run("plan", "--model", "llama-2-7b", "--hardware", broken)
     assert_one_error_line(outcome, "not a hardware profile")
+
+
+@pytest.mark.parametrize("option", ["--draw", "--trace"])
+@pytest.mark.parametrize("place", ["no/x.png", "."])
+def test_a_picture_that_cannot_be_written_costs_only_the_picture(
+    run: Run, tmp_path: Path, option: str, place: str
+) -> None:
+    """The plan is printed before it; a folder is not a file."""
+    outcome = run("plan", "--model", "llama-2-7b", "--hardware", "laptop", option, tmp_path / place)
+    assert outcome.code == 1
+    assert "kept: " in outcome.out
+    (line,) = [line for line in outcome.err.splitlines() if line]
+    assert "cannot write" in line
+
+
+def test_a_picture_without_a_suffix_is_a_png(run: Run, tmp_path: Path) -> None:
+    """And is called as it is written."""
     outcome = run(
-        "plan", "--model", "llama-2-7b", "--hardware", "laptop", "--draw", tmp_path / "no" / "x.png"
+        "plan", "--model", "llama-2-7b", "--hardware", "laptop", "--draw", tmp_path / "lanes"
     )
-    assert_one_error_line(outcome, "cannot write the picture")
+    assert outcome.code == 0
+    assert "lanes.png" in outcome.err
+    assert (tmp_path / "lanes.png").is_file()
+
+
+def test_a_plan_that_never_pays_off_says_so(run: Run) -> None:
+    """In words, and as a JSON that every reader takes."""
+    arguments = ("plan", "--model", "llama-2-7b", "--hardware", "a100-network", "--tokens", 2)
+    outcome = run(*arguments, "--documents", 2, "--fresh", 0)
+    assert "never" in outcome.out
+    outcome = run(*arguments, "--documents", 2, "--fresh", 0, "--json")
+    assert json.loads(outcome.out)["questions_to_break_even"] is None
+
+
+def test_a_prompt_beyond_the_models_window_is_noted(run: Run) -> None:
+    outcome = run("plan", "--model", "llama-2-7b", "--hardware", "laptop", "--tokens", 9000)
+    assert outcome.code == 0
+    assert "window of 4,096" in outcome.err
+
+
+@pytest.mark.parametrize("limit", ["inf", "nan", "-1", "0"])
+def test_an_objective_is_a_positive_finite_number(run: Run, limit: str) -> None:
+    outcome = run("plan", "--model", "llama-2-7b", "--hardware", "laptop", f"--objective={limit}")
+    assert outcome.code == 2
 
 
 def test_the_paper_beside_the_simulator(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

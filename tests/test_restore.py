@@ -973,6 +973,65 @@ def test_damage_in_a_store_that_cannot_be_written(damaged: str, tmp_path: Path) 
     assert any("fails its checksum" in warning for warning in answer.provenance.warnings)
 
 
+def keeping(store: StateStore, dtype: str) -> HCacheEngine:
+    """An engine that was asked to keep K and V in a dtype."""
+    return HCacheEngine(
+        model_of(FAR),
+        TOKENIZER,
+        store,
+        preamble=PREAMBLE,
+        representation="kv",
+        storage_dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_states_in_another_form_than_was_asked_for_are_stored_anew(
+    store: StateStore, dtype: str
+) -> None:
+    """Once; without a wish, what is there will do."""
+    assert keeping(store, "int8").precompute([A, B]).stored == 2
+    plain = HCacheEngine(model_of(FAR), TOKENIZER, store, preamble=PREAMBLE)
+    assert plain.precompute([A, B]).reused == 2
+    asking = keeping(store, dtype)
+    assert asking.precompute([A]).stored == 1
+    assert asking.precompute([A]).reused == 1
+    layouts = {r.text: str(r.layout) for r in store.records()}
+    assert dtype in layouts[A]
+    assert dtype in layouts[PREAMBLE]
+    assert "int8" in layouts[B]
+
+
+def test_an_exact_engine_stores_anew_what_lost_something(store: StateStore) -> None:
+    """States that it would not use, and no others."""
+    keeping(store, "int8").precompute([A])
+    exact = HCacheEngine(model_of(FAR), TOKENIZER, store, preamble=PREAMBLE, fidelity="exact")
+    assert exact.precompute([A]).stored == 1
+    assert exact.precompute([A]).reused == 1
+    answer = exact.generate(PREAMBLE + A + QUESTION, options=options())
+    assert answer.provenance.exact_tokens == len(PREAMBLE + A)
+
+
+def test_one_string_is_not_a_list_of_texts(store: StateStore) -> None:
+    with pytest.raises(TypeError, match="not one string"):
+        engine_of(model_of(FAR), store).precompute(A)
+
+
+def test_a_stop_string_may_stand_alone(store: StateStore) -> None:
+    """It is one string, not its letters."""
+    engine = engine_of(model_of(FAR), store)
+    whole = engine.generate(PREAMBLE, options=options()).text
+    stop = whole[5:8]
+    answer = engine.generate(PREAMBLE, options=options(stop=stop))
+    assert answer.text == whole[: whole.index(stop)]
+
+
+@pytest.mark.parametrize("wrong", [{"top_p": 2.0}, {"top_p": 0.0}, {"top_k": 0}])
+def test_sampling_limits_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        options(**wrong)
+
+
 def test_a_damaged_record_is_stored_again(store: StateStore) -> None:
     """Transformers' `generate` with no cache / the engine's on a broken record: the same answer.
 

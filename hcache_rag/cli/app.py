@@ -65,7 +65,8 @@ def index(
     storage_dtype: Annotated[
         str | None,
         typer.Option(
-            help="float32, bfloat16, float16, int8 or int8-g64.  [default: by measurement]"
+            help="float32, bfloat16, float16, int8; for hidden states also int8-g64 and "
+            "int8-smooth.  [default: int8, int8-smooth]"
         ),
     ] = None,
     measure: Annotated[
@@ -172,6 +173,8 @@ def ask(
         f"{tokens['repaired_tokens']:,} repaired · "
         f"{size(tokens['bytes_read'])} from the store · from {', '.join(answer.sources)}"
     )
+    if answer.num_prompts > 1:
+        account = f"the last of {answer.num_prompts} prompts: {account}"
     say(err, account, "dim", "")
     for warning in tokens["warnings"]:
         say(err, "warning:", "yellow", f" {warning}")
@@ -190,7 +193,7 @@ def stats(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> No
         return
     table = Table(title=Text(str(store)), show_header=False)
     table.add_row("documents", f"{result['documents']:,}")
-    table.add_row("tokens", f"{result['tokens']:,}")
+    table.add_row("tokens (preambles included)", f"{result['tokens']:,}")
     table.add_row("preambles", f"{result['preambles']:,}")
     table.add_row("bytes on disk", size(result["file_bytes"]))
     for name, count in result["models"].items():

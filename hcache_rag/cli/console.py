@@ -35,8 +35,8 @@ def reported(command: Callable[_P, None]) -> Callable[_P, None]:
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt:
-            rest = "; what was stored stays, the next run goes on from there"
-            say(err, "interrupted", "yellow", rest)
+            stays = "; what was stored stays, the next run goes on from there"
+            say(err, "interrupted", "yellow", stays if command.__name__ == "index" else "")
             raise typer.Exit(130) from None
         except HCacheError as error:
             say(err, "error:", "red", f" {error}")

@@ -80,9 +80,14 @@ def _room(store: Path | None) -> list[Check]:
 
 def _store(store: Path) -> str:
     from hcache_rag.llama_index.folder import open_states
+    from hcache_rag.llama_index.retriever import STATES
     from hcache_rag.llama_index.vectors import VectorIndex
+    from hcache_rag.profile import PROFILE_NAME, HardwareProfile
 
     nodes = len(VectorIndex.load(store).nodes)
+    profile = store / STATES / PROFILE_NAME
+    if profile.is_file():
+        HardwareProfile.load(profile)
     with open_states(store) as states:
         found = states.stats()
     return f"{nodes} passages indexed, {found.documents} with states ({found.tokens} tokens)"

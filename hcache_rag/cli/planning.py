@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +26,7 @@ from hcache_rag.cli.console import (
     status,
 )
 from hcache_rag.errors import HCacheError, ProfileError
+from hcache_rag.layout import STORAGE_DTYPES, Representation
 
 if TYPE_CHECKING:
     from hcache_rag.choice import Objective
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from hcache_rag.simulate import Method
     from hcache_rag.spec import ModelSpec
 
+HIDDEN, KV = Representation.HIDDEN, Representation.KV
+_MAX_TOKENS = 10_000_000
 _HARDWARE_HELP = "A preset (--list), a profile's JSON file, or 'this' for what `profile` measured."
 _MODEL_HELP = "A named model (--list) or a folder.  [default: SmolLM2-135M-Instruct]"
 
@@ -85,18 +89,24 @@ def profile(
 @reported
 def plan(
     model: Annotated[str | None, typer.Option(help=_MODEL_HELP)] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of all documents.")] = 2048,
+    tokens: Annotated[
+        int, typer.Option(min=1, max=_MAX_TOKENS, help="Tokens of all documents.")
+    ] = 2048,
     documents: Annotated[int, typer.Option(min=1, help="How many documents they are in.")] = 4,
-    fresh: Annotated[int, typer.Option(min=0, help="Tokens of the question.")] = 32,
+    fresh: Annotated[
+        int,
+        typer.Option(min=0, max=_MAX_TOKENS, help="Tokens read now: the question, and repair."),
+    ] = 32,
     hardware: Annotated[str, typer.Option(help=_HARDWARE_HELP)] = "this",
     objective: Annotated[
-        str, typer.Option(help="time, bytes, or the most bytes that a token may take.")
+        str, typer.Option(help="time, bytes, or least time within so many bytes a token.")
     ] = "time",
     hidden_dtype: Annotated[
-        str | None, typer.Option(help="What hidden states are stored in.  [default: the library's]")
+        str | None,
+        typer.Option(help=f"{', '.join(STORAGE_DTYPES[HIDDEN])}.  [default: int8-smooth]"),
     ] = None,
     kv_dtype: Annotated[
-        str | None, typer.Option(help="What K and V are stored in.  [default: the library's]")
+        str | None, typer.Option(help=f"{', '.join(STORAGE_DTYPES[KV])}.  [default: int8]")
     ] = None,
     store: StoreOption = DEFAULT_STORE,
     draw: Annotated[
@@ -121,8 +131,9 @@ def plan(
         raise typer.BadParameter(
             f"{documents} documents of {tokens} tokens", param_hint="--documents"
         )
+    _check_model(model)
+    machine, path = _hardware(hardware, store.expanduser())
     spec = _spec(model)
-    machine = _hardware(hardware, store.expanduser())
     prompt = Prompt(tokens, documents, fresh)
     hidden_dtype, kv_dtype = _dtypes(spec, hidden_dtype, kv_dtype)
     try:
@@ -139,7 +150,6 @@ def plan(
     found = methods(
         spec, machine, prompt, hidden_dtype=hidden_dtype, kv_dtype=kv_dtype, layout=choice.layout
     )
-    _write_pictures(found, draw, trace, f"{spec.name} on {machine.name}")
     break_even = questions_to_break_even(spec, found, prompt)
     chosen = found[-1]
     if as_json:
@@ -151,17 +161,18 @@ def plan(
                 "layout": str(choice.layout),
                 "reason": choice.reason,
                 "plan": chosen.plan.reason,
-                "questions_to_break_even": break_even,
+                "questions_to_break_even": break_even if math.isfinite(break_even) else None,
                 "methods": [_as_row(method) for method in found],
             }
         )
+        _write_pictures(found, draw, trace, f"{spec.name} on {machine.name}")
         return
     out.print(
         f"{tokens:,} tokens in {documents} document(s), {fresh} fresh, [bold]{spec.name}[/] on "
         f"[bold]{machine.name}[/]",
         highlight=False,
     )
-    say(out, "", "", machine.source)
+    say(out, "", "", f"{machine.source}{f' ({path})' if path is not None else ''}")
     table = Table("", "time", "lower bound", "reading", "computing", "bytes a token", box=None)
     for method in found:
         row = _as_row(method)
@@ -173,7 +184,15 @@ def plan(
     out.print(table)
     say(out, "kept: ", "bold", f"{choice.layout}; {choice.reason}")
     say(out, "restored: ", "bold", chosen.plan.reason)
-    say(out, "pays off ", "bold", f"after {break_even:.1f} question(s) about a document")
+    if math.isfinite(break_even):
+        pays = f"after {break_even:.1f} question(s) about a document, each of which saves the rest"
+    else:
+        pays = "never: recomputing takes no longer"
+    say(out, "pays off ", "bold", pays)
+    if tokens + fresh > spec.window_tokens:
+        beyond = f" {tokens + fresh:,} tokens do not fit into its window of {spec.window_tokens:,}"
+        say(err, "note:", "yellow", beyond)
+    _write_pictures(found, draw, trace, f"{spec.name} on {machine.name}")
 
 
 @reported
@@ -224,15 +243,20 @@ def _show_list() -> None:
     out.print(table)
 
 
+def _check_model(model: str | None) -> None:
+    from hcache_rag.presets import MODELS
+
+    if model is not None and model not in MODELS and not Path(model).is_dir():
+        raise typer.BadParameter(
+            f"{model!r} is neither a folder nor one of {', '.join(MODELS)}", param_hint="--model"
+        )
+
+
 def _spec(model: str | None) -> ModelSpec:
     from hcache_rag.presets import MODELS
 
     if model in MODELS:
         return MODELS[model]
-    if model is not None and not Path(model).is_dir():
-        raise typer.BadParameter(
-            f"{model!r} is neither a folder nor one of {', '.join(MODELS)}", param_hint="--model"
-        )
     with quiet_transformers():
         from hcache_rag.bundled import MODEL_NAME, default_model_path
         from hcache_rag.models import load_config, spec_of
@@ -242,7 +266,8 @@ def _spec(model: str | None) -> ModelSpec:
     return spec_of(config, model or MODEL_NAME, dtype)
 
 
-def _hardware(name: str, store: Path) -> HardwareProfile:
+def _hardware(name: str, store: Path) -> tuple[HardwareProfile, Path | None]:
+    """A machine, and the file that it was found in."""
     from hcache_rag.presets import HARDWARE, hardware
     from hcache_rag.profile import HardwareProfile
 
@@ -251,23 +276,22 @@ def _hardware(name: str, store: Path) -> HardwareProfile:
 
         for path in profile_paths(store):
             if path.is_file():
-                return HardwareProfile.load(path)
+                return HardwareProfile.load(path), path
         raise ProfileError(
             "this machine has not been measured; run `hcache-rag profile`, or name --hardware"
         )
     if name not in HARDWARE and Path(name).is_file():
-        return HardwareProfile.load(name)
-    return hardware(name)
+        return HardwareProfile.load(name), Path(name)
+    return hardware(name), None
 
 
 def _dtypes(spec: ModelSpec, hidden_dtype: str | None, kv_dtype: str | None) -> tuple[str, str]:
     from hcache_rag.choice import storage_dtypes
-    from hcache_rag.layout import STORAGE_DTYPES, Representation
 
     default_hidden, default_kv = storage_dtypes(spec)
     found = (hidden_dtype or default_hidden, kv_dtype or default_kv)
-    kinds = (Representation.HIDDEN, Representation.KV)
-    for option, dtype, kind in zip(("--hidden-dtype", "--kv-dtype"), found, kinds, strict=True):
+    options = ("--hidden-dtype", "--kv-dtype")
+    for option, dtype, kind in zip(options, found, (HIDDEN, KV), strict=True):
         one_of(option, dtype, STORAGE_DTYPES[kind])
     return found
 
@@ -278,7 +302,10 @@ def _objective(text: str) -> Objective:
     if text in ("time", "bytes"):
         return Objective(text)
     try:
-        return Objective("time", float(text))
+        limit = float(text)
+        if not math.isfinite(limit):
+            raise ValueError(text)
+        return Objective("time", limit)
     except ValueError:
         raise typer.BadParameter(
             f"{text!r} is neither time, bytes nor a positive number", param_hint="--objective"
@@ -300,13 +327,18 @@ def _as_row(method: Method) -> dict[str, Any]:
 
 
 def _write_pictures(found: list[Method], draw: Path | None, trace: Path | None, title: str) -> None:
+    target = draw
     try:
         if draw is not None:
+            if draw.is_dir():
+                raise IsADirectoryError(None, "it is a folder")
+            target = draw = draw if draw.suffix else draw.with_suffix(".png")
             from hcache_rag.timeline import draw as draw_timelines
 
             draw_timelines([(method.name, method.timeline) for method in found], draw)
             say(err, "drawn: ", "", str(draw))
         if trace is not None:
+            target = trace
             trace.write_text(found[-1].timeline.to_trace(title))
             say(err, "written: ", "", f"{trace}; open it at ui.perfetto.dev")
     except ImportError as error:
@@ -314,7 +346,8 @@ def _write_pictures(found: list[Method], draw: Path | None, trace: Path | None, 
             f"drawing needs matplotlib: pip install 'hcache-rag[plot]' ({error})"
         ) from error
     except (OSError, ValueError) as error:
-        raise HCacheError(f"cannot write the picture: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise HCacheError(f"cannot write {target}: {reason}") from error
 
 
 def _mix_in_words(choice: Any) -> str:

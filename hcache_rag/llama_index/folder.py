@@ -7,6 +7,7 @@ the choice of model (`model.json`), so that a question needs no more than the fo
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,8 @@ from hcache_rag.models import ModelAdapter
 from hcache_rag.profile import PROFILE_NAME, HardwareProfile
 from hcache_rag.sources import FolderContents
 from hcache_rag.store import StateStore
+
+logger = logging.getLogger("hcache_rag")
 
 _MODEL = "model.json"
 
@@ -153,9 +156,12 @@ def measure_machine(
     StateStore.open(states).close()
     found = measure(llm.adapter, states, quick=quick, on_step=on_step)
     beside, newest = profile_paths(persist_dir)
-    newest.parent.mkdir(parents=True, exist_ok=True)
-    for path in (newest, beside):
-        found.save(path)
+    found.save(beside)
+    try:
+        newest.parent.mkdir(parents=True, exist_ok=True)
+        found.save(newest)
+    except OSError as error:
+        logger.warning("%s is not kept: %s", newest, error.strerror)
     return found, beside
 
 
@@ -174,6 +180,7 @@ class Answer:
         first_text_s: seconds from the question to the first text.
         seconds: to the last.
         provenance: of the last prompt, see `hcache_rag.Provenance.to_dict`.
+        num_prompts: so many it took; where the passages do not fit into one, an answer is refined.
     """
 
     text: str
@@ -181,6 +188,7 @@ class Answer:
     first_text_s: float
     seconds: float
     provenance: dict[str, Any]
+    num_prompts: int = 1
 
 
 def ask(
@@ -191,7 +199,13 @@ def ask(
     top_k: int = 4,
     on_text: Callable[[str], None] | None = None,
 ) -> Answer:
-    """Answer a question from an index through an ordinary streaming query engine."""
+    """Answer a question from an index through an ordinary streaming query engine.
+
+    Raises:
+        SourceError: there is no index, or the question is empty.
+    """
+    if not question.strip():
+        raise SourceError("the question is empty")
     retriever = HCacheRetriever.from_persist_dir(persist_dir, llm=llm, similarity_top_k=top_k)
     engine = RetrieverQueryEngine.from_args(retriever, llm=llm, streaming=True)
     return answer(engine, question, on_text=on_text)
@@ -223,6 +237,7 @@ def answer(engine: Any, question: str, *, on_text: Callable[[str], None] | None 
         first_text_s,
         time.perf_counter() - started,
         restores[-1] if restores else {},
+        len(restores),
     )
 
 
@@ -250,5 +265,11 @@ def collecting_restores() -> Iterator[list[dict[str, Any]]]:
 
 
 def open_states(persist_dir: str | os.PathLike[str], *, read_only: bool = True) -> StateStore:
-    """The state store of a persisted folder."""
+    """The state store of a persisted folder.
+
+    Raises:
+        SourceError: there is no index in the folder.
+        StoreOpenError: its states cannot be opened.
+    """
+    read_manifest(Path(persist_dir).expanduser())
     return StateStore.open(Path(persist_dir).expanduser() / STATES, read_only=read_only)

@@ -10,6 +10,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from llama_index.core.base.llms.types import (
@@ -38,11 +39,14 @@ from hcache_rag.llama_index.events import report_restore
 from hcache_rag.models import ModelAdapter, load_model
 from hcache_rag.profile import HardwareProfile
 from hcache_rag.prompt import Tokenization
-from hcache_rag.provenance import Generation
+from hcache_rag.provenance import Generation, Provenance
 from hcache_rag.store import StateStore
 from hcache_rag.streaming import GenerationStream
 
 _MARK = "\x02documents\x03"
+_PATIENCE_S = 0.05
+"""A call that waits for its turn looks so often whether it was cancelled."""
+
 _OPTIONS = ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "seed")
 
 
@@ -179,7 +183,7 @@ class HCacheLLM(CustomLLM):
         self._store = None
         self._owns_store = not isinstance(store, StateStore)
         if store is not None:
-            self._store = store if isinstance(store, StateStore) else StateStore.open(store)
+            self._store = store if isinstance(store, StateStore) else _open(store)
         if self._store is not None:
             self._engine = self._new_engine(self._store)
 
@@ -228,7 +232,7 @@ class HCacheLLM(CustomLLM):
         with self._lock:
             if self.has_store and self._store is not None:
                 raise ValueError(f"this LLM already keeps its states in {self._store.path}")
-            store = StateStore.open(path)
+            store = _open(path)
             self._close_temporary()
             self._store, self._engine = store, self._new_engine(store)
 
@@ -377,10 +381,15 @@ class HCacheLLM(CustomLLM):
         options, engine, slots = self._options(kwargs), self.engine, self._slots
 
         def run(on_text: Callable[[str], None], cancelled: threading.Event) -> Generation:
-            with slots:
+            while not slots.acquire(timeout=_PATIENCE_S):
+                if cancelled.is_set():
+                    return Generation("", (), "cancelled", Provenance(0, 0, 0, 0))
+            try:
                 answer = engine.generate(
                     prompt, options=options, add_bos=add_bos, on_text=on_text, cancelled=cancelled
                 )
+            finally:
+                slots.release()
             report_restore(answer)
             return answer
 
@@ -394,8 +403,6 @@ class HCacheLLM(CustomLLM):
         given = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, **kwargs}
         if ("top_p" in kwargs or "top_k" in kwargs) and not given["temperature"]:
             given["temperature"] = kwargs.get("temperature", 1.0)  # asked to sample
-        if isinstance(given.get("stop"), str):
-            given["stop"] = (given["stop"],)
         return GenerationOptions(**given, extra=self.generate_kwargs)
 
     def _formatted(self, prompt: str, formatted: bool) -> str:
@@ -419,6 +426,12 @@ class HCacheLLM(CustomLLM):
         return ChatResponse(
             message=_assistant(text), delta=delta, additional_kwargs=_account(answer)
         )
+
+
+def _open(path: str | os.PathLike[str]) -> StateStore:
+    """The store in a folder; one that cannot be written is read."""
+    folder = Path(path).expanduser()
+    return StateStore.open(folder, read_only=folder.is_dir() and not os.access(folder, os.W_OK))
 
 
 async def _read(stream: GenerationStream) -> Generation:

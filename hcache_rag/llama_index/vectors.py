@@ -160,7 +160,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise SourceError(f"{folder} holds no index; make one with `hcache-rag index`") from None
     except (OSError, ValueError) as error:
-        raise SourceError(f"the index in {folder} cannot be read: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise SourceError(f"the index in {folder} cannot be read: {reason}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise SourceError(f"the index in {folder} is not of format {_FORMAT}")
     return manifest

@@ -164,7 +164,9 @@ class LmdbBackend:
                     mode=0o600,
                     sync=self.is_read_only or self.durability == "fsync",
                     readonly=self.is_read_only,
-                    lock=True,
+                    # A folder that cannot be written has no writer that readers could be in the
+                    # way of, and no room for their table.
+                    lock=not self.is_read_only or os.access(self.path, os.W_OK),
                 )
             except lmdb.MemoryError as error:
                 map_bytes //= 4
