@@ -147,6 +147,36 @@ def decode(
     return shape.arrays(payload)
 
 
+def check(
+    fmt: LayerFormat, tokens: int, key: StateKey, layer: int, chunk: int, value: memoryview
+) -> None:
+    """Verify one stored value by what it says of itself, without a model.
+
+    Raises:
+        DamagedStateError: the value is not one that `encode` wrote for this place.
+    """
+    place = f"layer {layer}, chunk {chunk}"
+    if len(value) < HEADER_BYTES:
+        raise DamagedStateError(key, f"{place} has {len(value)} bytes")
+    header = bytes(value[: _FIELDS.size])
+    found = _FIELDS.unpack(header)
+    payload = value[HEADER_BYTES:]
+    expected = (
+        _MAGIC,
+        FORMAT_VERSION,
+        _REPRESENTATION_CODE[fmt.representation],
+        _DTYPE_CODE[fmt.dtype],
+        layer,
+        tokens,
+        chunk,
+    )
+    if found[: len(expected)] != expected or found[-1] != len(payload):
+        raise DamagedStateError(key, f"{place} has a header that does not belong there")
+    tail = _CHECKSUM.pack(_checksum(key, header, payload))
+    if value[len(header) : HEADER_BYTES] != tail.ljust(HEADER_BYTES - len(header), b"\0"):
+        raise DamagedStateError(key, f"{place} fails its checksum")
+
+
 def _checksum(key: StateKey, header: bytes, payload: memoryview) -> int:
     digest = xxhash.xxh3_64(key + header)
     digest.update(payload)

@@ -16,6 +16,9 @@ GROUP_CHANNELS = 64
 """Channels of a hidden row that share one scale in the storage dtype `int8-g64`."""
 VALUE_BYTES = 1 << 19
 """About what one stored value should hold: smaller ones waste pages and requests."""
+MAX_LAYERS = 4096
+"""No stored layout has more."""
+
 MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 64, 1024
 LARGEST_CHUNK_TOKENS = 65535
 """What the header of a stored value has room for."""
@@ -190,7 +193,7 @@ class StateLayout:
         """A form that `json` writes and `from_json` reads."""
         return {
             "chunk_tokens": self.chunk_tokens,
-            "layers": [[fmt.representation.value, fmt.dtype] for fmt in self.layers],
+            "runs": [[fmt.representation.value, fmt.dtype, count] for fmt, count in self.runs],
         }
 
     @classmethod
@@ -200,17 +203,25 @@ class StateLayout:
         Raises:
             ValueError: the data is not a layout this version knows.
         """
-        layers, chunk_tokens = data.get("layers"), data.get("chunk_tokens")
-        if not isinstance(layers, list) or type(chunk_tokens) is not int:
-            raise ValueError(f"not a state layout: {data!r}")
+        runs, chunk_tokens = data.get("runs"), data.get("chunk_tokens")
+        if not isinstance(runs, list) or type(chunk_tokens) is not int:
+            raise ValueError(f"not a state layout: {str(data)[:200]}")
         try:
-            return _parsed(tuple((str(name), str(dtype)) for name, dtype in layers), chunk_tokens)
-        except TypeError as error:
-            raise ValueError(f"not a state layout: {data!r}") from error
+            return _parsed(
+                tuple((str(n), str(d), int(count)) for n, d, count in runs), chunk_tokens
+            )
+        except (TypeError, OverflowError) as error:
+            raise ValueError(f"not a state layout: {str(data)[:200]}") from error
 
 
 @lru_cache(maxsize=256)
-def _parsed(layers: tuple[tuple[str, str], ...], chunk_tokens: int) -> StateLayout:
+def _parsed(runs: tuple[tuple[str, str, int], ...], chunk_tokens: int) -> StateLayout:
     """Thousands of records have the same few layouts: one object for each of them."""
-    formats = tuple(LayerFormat(Representation(name), dtype) for name, dtype in layers)
-    return StateLayout(formats, chunk_tokens)
+    if not all(1 <= count <= MAX_LAYERS for _, _, count in runs) or len(runs) > MAX_LAYERS:
+        raise ValueError(f"a layout has runs of 1 to {MAX_LAYERS} layers")
+    formats = [LayerFormat(Representation(name), dtype) for name, dtype, _ in runs]
+    counts = [count for _, _, count in runs]
+    if sum(counts) > MAX_LAYERS:
+        raise ValueError(f"a layout of {sum(counts)} layers")
+    layers = [fmt for fmt, count in zip(formats, counts, strict=True) for _ in range(count)]
+    return StateLayout(tuple(layers), chunk_tokens)

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from hcache_rag.cli import planning
+from hcache_rag.cli import keeping, planning
 from hcache_rag.cli.console import (
     DEFAULT_STORE,
     JsonOption,
@@ -180,31 +180,11 @@ def ask(
         say(err, "warning:", "yellow", f" {warning}")
 
 
-@app.command()
-@reported
-def stats(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
-    """Show what a store holds."""
-    from hcache_rag.llama_index.folder import open_states
+for _keeping in (keeping.stats, keeping.verify, keeping.gc):
+    app.command()(_keeping)
 
-    with open_states(store) as states:
-        result = asdict(states.stats())
-    if as_json:
-        print_json(result)
-        return
-    table = Table(title=Text(str(store)), show_header=False)
-    table.add_row("documents", f"{result['documents']:,}")
-    table.add_row("tokens (preambles included)", f"{result['tokens']:,}")
-    table.add_row("preambles", f"{result['preambles']:,}")
-    table.add_row("bytes on disk", size(result["file_bytes"]))
-    for name, count in result["models"].items():
-        table.add_row(Text(f"documents of {name}"), f"{count:,}")
-    for name, layout in result["layouts"].items():
-        table.add_row(Text(f"states of {name} keep"), Text(layout))
-    out.print(table)
-
-
-for _command in (planning.profile, planning.plan, planning.simulate):
-    app.command()(_command)
+for _planning in (planning.profile, planning.plan, planning.simulate):
+    app.command()(_planning)
 
 
 @app.command()

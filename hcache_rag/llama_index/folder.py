@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +29,8 @@ from hcache_rag.indexing import PrecomputeReport
 from hcache_rag.llama_index.events import StateRestoreEvent
 from hcache_rag.llama_index.llm import HCacheLLM
 from hcache_rag.llama_index.retriever import STATES, HCacheRetriever
-from hcache_rag.llama_index.vectors import read_manifest
+from hcache_rag.llama_index.text import llm_text
+from hcache_rag.llama_index.vectors import VectorIndex, read_manifest
 from hcache_rag.measure import find_profile, measure
 from hcache_rag.models import ModelAdapter
 from hcache_rag.profile import PROFILE_NAME, HardwareProfile
@@ -273,3 +274,21 @@ def open_states(persist_dir: str | os.PathLike[str], *, read_only: bool = True) 
     """
     read_manifest(Path(persist_dir).expanduser())
     return StateStore.open(Path(persist_dir).expanduser() / STATES, read_only=read_only)
+
+
+def read_again(persist_dir: Path, texts: Sequence[str]) -> int:
+    """Store the states of some texts of an index, and of its preamble, anew; how many texts."""
+    llm = ModelChoice.of(persist_dir).load(persist_dir)
+    try:
+        return llm.engine.precompute(texts).stored
+    finally:
+        llm.close()
+
+
+def collect_garbage(persist_dir: Path) -> tuple[int, int]:
+    """Delete the states of texts that are not in an index; how many, and the bytes they took."""
+    nodes = VectorIndex.load(persist_dir).nodes
+    with open_states(persist_dir, read_only=False) as states:
+        keep = {record.key for node in nodes for record in states.find(llm_text(node))}
+        before = states.used_bytes()
+        return states.gc(keep), before - states.used_bytes()

@@ -25,7 +25,7 @@ from hcache_rag.indexing import PrecomputeReport
 from hcache_rag.llama_index.defaults import default_embedding
 from hcache_rag.llama_index.llm import HCacheLLM
 from hcache_rag.llama_index.precompute import precompute
-from hcache_rag.llama_index.text import llm_texts
+from hcache_rag.llama_index.text import llm_text, llm_texts, source_of
 from hcache_rag.llama_index.vectors import MANIFEST, VectorIndex, VectorRetriever
 from hcache_rag.openmp import give_back_threads
 
@@ -102,6 +102,7 @@ class HCacheRetriever(BaseRetriever):
         report = precompute(llm, nodes, show_progress=show_progress, on_progress=on_progress)
         if folder is not None:
             index.save(folder)
+        _own(llm, nodes, known.nodes if known is not None else ())
         return cls(VectorRetriever(index, embed_model, similarity_top_k), llm, report)
 
     @classmethod
@@ -171,6 +172,20 @@ def _known_index(folder: Path | None) -> VectorIndex | None:
     except SourceError as error:
         logger.warning("%s; it is made anew", error)
         return None
+
+
+def _own(llm: HCacheLLM, nodes: Sequence[BaseNode], before: Sequence[BaseNode]) -> None:
+    """Let states belong to their source documents; delete those of documents that are gone."""
+    store, keys = llm.engine.store, dict[str, list[bytes]]()
+    if store.read_only:
+        return
+    for node in nodes:
+        found = [record.key for record in store.find(llm_text(node))]
+        keys.setdefault(source_of(node), []).extend(found)
+    store.assign_all(keys, delete=True)
+    gone = {source_of(node) for node in before} - keys.keys()
+    if gone:
+        store.delete_owner(*gone)
 
 
 def _bind(llm: HCacheLLM, folder: Path | None) -> None:

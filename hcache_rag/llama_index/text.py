@@ -12,6 +12,11 @@ def llm_text(node: BaseNode) -> str:
     return node.get_content(metadata_mode=MetadataMode.LLM).strip()
 
 
+def source_of(node: BaseNode) -> str:
+    """The id of the document that a node was cut from, or its own."""
+    return node.ref_doc_id or node.node_id
+
+
 def llm_texts(nodes: Sequence[BaseNode]) -> list[str]:
     """`llm_text` of every node that has any."""
     return [text for text in map(llm_text, nodes) if text]

@@ -142,9 +142,8 @@ class NamespaceRows:
         return found
 
     def _add(self, txn: Transaction, root: StateKey, entry: Entry, sign: int) -> None:
-        key = self.prefix + root
-        totals: Totals = small_from_bytes(Totals, txn.get("totals", key))
-        txn.put("totals", key, small_to_bytes(totals.plus(entry, sign)))
+        totals: Totals = small_from_bytes(Totals, txn.get("totals", self.prefix + root))
+        self.put_totals(txn, root, totals.plus(entry, sign))
 
     def places(self, txn: Transaction, key: StateKey) -> list[tuple[int, int]]:
         """(layer, chunk) of all values of a state."""
@@ -181,6 +180,10 @@ class NamespaceRows:
             for key, value in txn.scan("totals", self.prefix)
             if len(key) > len(self.prefix)
         }
+
+    def put_totals(self, txn: Transaction, root: StateKey, totals: Totals) -> None:
+        """Replace those of a model."""
+        txn.put("totals", self.prefix + root, small_to_bytes(totals))
 
     def own(self, txn: Transaction, owner: bytes, key: StateKey) -> None:
         """A state belongs to an owner."""

@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -51,6 +51,7 @@ from hcache_rag.store.tables import (
     text_part,
 )
 from hcache_rag.store.texts import StoredTexts, records_alike
+from hcache_rag.store.verify import VerifyReport, repair, verify
 from hcache_rag.texts import TextView
 
 Values: TypeAlias = Iterable[tuple[int, int, bytes | bytearray]]
@@ -309,33 +310,64 @@ class StateStore:
 
     # Whose states they are.
 
-    def assign(self, owner: str, keys: Iterable[StateKey]) -> None:
-        """Say which states belong to `owner`, a source document's id, say; all others do not."""
+    def assign(
+        self, owner: str, keys: Iterable[StateKey], *, add: bool = False, delete: bool = False
+    ) -> int:
+        """Say which states belong to `owner`, see `assign_all`."""
+        return self.assign_all({owner: keys}, add=add, delete=delete)
+
+    def assign_all(
+        self,
+        owned: Mapping[str, Iterable[StateKey]],
+        *,
+        add: bool = False,
+        delete: bool = False,
+    ) -> int:
+        """Say which states belong to some owners: ids of source documents, say.
+
+        Args:
+            add: they belong to them besides others; by default no others do.
+            delete: delete the states that belong to nobody any more.
+
+        Returns:
+            How many were deleted.
+        """
         self._require_writable()
-        digest, wanted = owner_digest(owner), set(keys)
+        wanted = {owner_digest(owner): set(keys) for owner, keys in owned.items()}
+        with self._live.reading() as txn:
+            known = {digest: set(self._rows.keys_of(txn, digest)) for digest in wanted}
+        if all(known[d] >= keys if add else known[d] == keys for d, keys in wanted.items()):
+            return 0
         with self._writing() as txn:
-            for key in self._rows.keys_of(txn, digest):
-                if key not in wanted:
-                    self._rows.disown(txn, digest, key)
-            for key in wanted:
-                self._rows.own(txn, digest, key)
+            for digest, keys in wanted.items():
+                for key in keys - known[digest]:
+                    self._rows.own(txn, digest, key)
+            if add:
+                return 0
+            gone = {digest: known[digest] - keys for digest, keys in wanted.items()}
+            return self._disown(txn, gone, delete=delete)
 
     def keys_of(self, owner: str) -> list[StateKey]:
         """The states that belong to `owner`."""
         with self._live.reading() as txn:
             return self._rows.keys_of(txn, owner_digest(owner))
 
-    def delete_owner(self, owner: str) -> int:
-        """Delete the states that belong to `owner` and to nobody else; their number."""
+    def delete_owner(self, *owners: str) -> int:
+        """Delete the states that belong to these owners and to nobody else; their number."""
         self._require_writable()
-        digest = owner_digest(owner)
         with self._writing() as txn:
-            deleted = 0
-            for key in self._rows.keys_of(txn, digest):
-                self._rows.disown(txn, digest, key)
-                if not self._rows.is_owned(txn, key):
-                    deleted += self._rows.drop(txn, key)
-            return deleted
+            digests = map(owner_digest, owners)
+            gone = {digest: self._rows.keys_of(txn, digest) for digest in digests}
+            return self._disown(txn, gone, delete=True)
+
+    def _disown(
+        self, txn: Transaction, gone: Mapping[bytes, Iterable[StateKey]], *, delete: bool
+    ) -> int:
+        for owner, keys in gone.items():
+            for key in keys:
+                self._rows.disown(txn, owner, key)
+        left = {key for keys in gone.values() for key in keys} if delete else set()
+        return sum(self._rows.drop(txn, key) for key in left if not self._rows.is_owned(txn, key))
 
     def gc(self, keep: Collection[StateKey] | None = None) -> int:
         """Delete the states that nobody owns, or all but `keep`; preambles stay. Their number."""
@@ -352,6 +384,21 @@ class StateStore:
             with self._writing() as txn:
                 deleted += sum(self._rows.drop(txn, key) for key in keys[begin : begin + 256])
         return deleted
+
+    # Whether they are whole.
+
+    def verify(self, on_progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+        """Read and check everything in this namespace.
+
+        Args:
+            on_progress: called with (states done, states to do).
+        """
+        return verify(self._live, self._rows, on_progress)
+
+    def repair(self, report: VerifyReport) -> None:
+        """Drop the states that a report found damaged, and what belongs to none."""
+        self._require_writable()
+        repair(self._live, self._rows, report, self._write_wait_s)
 
     # What is known of models, uses and sizes.
 

@@ -1,0 +1,167 @@
+"""The commands about what is kept: `stats`, `verify`, `gc`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from hcache_rag.cli.console import (
+    DEFAULT_STORE,
+    JsonOption,
+    StoreOption,
+    err,
+    out,
+    print_json,
+    quiet_transformers,
+    reported,
+    say,
+    size,
+)
+
+if TYPE_CHECKING:
+    from hcache_rag.store.verify import VerifyReport
+
+
+@reported
+def stats(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
+    """Show what a store holds, and how it is used."""
+    from hcache_rag.llama_index.folder import open_states
+
+    with open_states(store) as states:
+        found = states.stats()
+    result = {**asdict(found), "free_bytes": found.free_bytes}
+    if as_json:
+        print_json(result)
+        return
+    table = Table(title=Text(str(store)), show_header=False)
+    table.add_row("documents", f"{found.documents:,}")
+    table.add_row("tokens (preambles included)", f"{found.tokens:,}")
+    table.add_row("preambles", f"{found.preambles:,}")
+    table.add_row("bytes of states", size(found.state_bytes))
+    limit = f", at most {size(found.max_bytes)}" if found.max_bytes else ""
+    table.add_row("file", f"{size(found.file_bytes)}, {size(found.free_bytes)} free in it{limit}")
+    for name, count in found.models.items():
+        table.add_row(Text(f"documents of {name}"), f"{count:,}")
+        table.add_row("  bytes a token", f"{found.bytes_per_token[name]:,.0f}")
+        if name in found.layouts:
+            table.add_row("  each layer keeps", Text(found.layouts[name].partition(";")[0]))
+    asked = found.hits + found.misses
+    share = f"{found.hits / asked:.0%} of {asked:,}" if asked else "none was asked for"
+    table.add_row("documents found when asked for", share)
+    if found.damaged:
+        table.add_row("damaged states, dropped", f"{found.damaged:,}")
+    if found.evictions:
+        table.add_row("states that had to go", f"{found.evictions:,}, {size(found.evicted_bytes)}")
+    if found.documents:
+        table.add_row("oldest state", f"{_age(found.oldest_s)} old")
+    if found.idle_s is not None:
+        table.add_row("last used", f"{_age(found.idle_s)} ago")
+    if len(found.namespaces) > 1:
+        table.add_row("namespaces", Text(", ".join(found.namespaces)))
+    out.print(table)
+
+
+@reported
+def verify(
+    store: StoreOption = DEFAULT_STORE,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Drop what is damaged, and read those documents again.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Read and check everything that is stored; exit code 1 if something is damaged."""
+    from hcache_rag.llama_index.folder import open_states, read_again
+
+    with open_states(store, read_only=not repair) as states:
+        with _checking_bar(not as_json) as on_progress:
+            report = states.verify(on_progress)
+        if repair and not report.is_whole:
+            states.repair(report)
+    texts = [d.text for d in report.damaged if d.text and not d.is_preamble]
+    again = 0
+    if repair and report.damaged:
+        with quiet_transformers():
+            again = read_again(store.expanduser(), texts)
+    if as_json:
+        print_json(_as_json(report, again))
+    else:
+        _print_report(report, repair, again)
+    if not report.is_whole and not repair:
+        raise typer.Exit(1)
+
+
+@reported
+def gc(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
+    """Delete the states of texts that are not in the index any more."""
+    from hcache_rag.llama_index.folder import collect_garbage
+
+    deleted, freed_bytes = collect_garbage(store.expanduser())
+    if as_json:
+        print_json({"deleted": deleted, "freed_bytes": freed_bytes})
+        return
+    out.print(f"{deleted} state(s) deleted, {size(freed_bytes)} free for others")
+
+
+def _as_json(report: VerifyReport, again: int) -> dict[str, Any]:
+    damaged = [
+        {"key": d.key.hex(), "text": d.text[:80], "is_preamble": d.is_preamble, "reason": d.reason}
+        for d in report.damaged
+    ]
+    return {
+        **asdict(report),
+        "damaged": damaged,
+        "is_whole": report.is_whole,
+        "read_again": again,
+    }
+
+
+def _print_report(report: VerifyReport, is_repaired: bool, again: int) -> None:
+    out.print(
+        f"{report.states:,} states, {report.values:,} values, {size(report.num_bytes)} were checked"
+    )
+    for damage in report.damaged:
+        what = repr(damage.text[:40]) if damage.text else damage.key.hex()
+        say(out, "damaged: ", "red", f"{what}: {damage.reason}")
+    if report.strays:
+        say(out, "strays: ", "yellow", f"{report.strays:,} values belong to no state")
+    if not report.is_sum_right:
+        say(out, "sums: ", "yellow", "what is counted is not what is there")
+    if report.is_whole:
+        say(out, "all is well", "green", "")
+    elif is_repaired:
+        dropped = (
+            f"; {len(report.damaged)} damaged state(s) dropped, {again} document(s) read again"
+        )
+        say(out, "repaired", "green", dropped)
+    else:
+        say(out, "nothing was changed", "", "; --repair drops it and reads those documents again")
+
+
+@contextmanager
+def _checking_bar(show: bool) -> Iterator[Callable[[int, int], None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=err, disable=not (show and err.is_terminal), transient=True
+    ) as progress:
+        task = progress.add_task("checking states", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= length:
+            count = int(seconds // length)
+            return f"{count} {unit}{'s' if count != 1 else ''}"
+    return f"{int(seconds)} s"

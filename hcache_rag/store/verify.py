@@ -1,0 +1,175 @@
+"""Looks at everything that is stored in a namespace, and puts right what does not agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hcache_rag import codec
+from hcache_rag.errors import DamagedStateError, StateError, StoreError
+from hcache_rag.layout import Representation
+from hcache_rag.state import KEY_BYTES, StateKey, StateRecord
+from hcache_rag.store.backend import Backend, Transaction
+from hcache_rag.store.rows import NamespaceRows
+from hcache_rag.store.tables import Totals, chunk_key
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A state that is not what was stored.
+
+    Args:
+        text: of the document; empty where the record itself cannot be read.
+        is_preamble: whether it is a prompt's head.
+        reason: what is wrong.
+    """
+
+    key: StateKey
+    text: str
+    is_preamble: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `StateStore.verify` found.
+
+    Args:
+        states, values, num_bytes: that were looked at.
+        damaged: states that cannot be used.
+        strays: values that belong to no state.
+        is_sum_right: whether the sums that are kept are those of the states.
+    """
+
+    states: int
+    values: int
+    num_bytes: int
+    damaged: tuple[Damage, ...] = ()
+    strays: int = 0
+    is_sum_right: bool = True
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing was found."""
+        return not self.damaged and not self.strays and self.is_sum_right
+
+
+def verify(
+    backend: Backend, rows: NamespaceRows, on_progress: Callable[[int, int], None] | None = None
+) -> VerifyReport:
+    """Read and check every record and every value of a namespace.
+
+    Each state is read in a transaction of its own, so that others can write meanwhile; a state that
+    is deleted meanwhile is passed over.
+
+    Args:
+        on_progress: called with (states done, states to do).
+    """
+    with backend.reading() as txn:
+        keys = _all_keys(txn, rows)
+    values = num_bytes = 0
+    damaged = []
+    for done, key in enumerate(keys):
+        if on_progress is not None:
+            on_progress(done, len(keys))
+        with backend.reading() as txn:
+            record = None
+            try:
+                record = rows.record(txn, key)
+                if record is not None:
+                    count, size = _check(txn, rows, record)
+                    values, num_bytes = values + count, num_bytes + size
+                elif txn.get("records", rows.prefix + key) is not None:
+                    damaged.append(_damage(key, None, "its record cannot be read"))
+            except StateError as error:
+                damaged.append(_damage(key, record, error.reason))
+            except StoreError as error:
+                damaged.append(_damage(key, record, str(error)))
+    if on_progress is not None:
+        on_progress(len(keys), len(keys))
+    with backend.reading() as txn:
+        strays, is_sum_right = len(_strays(txn, rows)), _sums(txn, rows) == rows.totals(txn)
+    return VerifyReport(len(keys), values, num_bytes, tuple(damaged), strays, is_sum_right)
+
+
+def repair(
+    backend: Backend, rows: NamespaceRows, report: VerifyReport, wait_s: float | None
+) -> None:
+    """Drop what a report names, and make the sums right."""
+    for damage in report.damaged:
+        with backend.writing(wait_s) as txn:
+            rows.drop(txn, damage.key)
+    with backend.writing(wait_s) as txn:
+        for row_key in _strays(txn, rows):
+            txn.delete("chunks", row_key)
+        sums = _sums(txn, rows)
+        for root in rows.totals(txn).keys() - sums.keys():
+            txn.delete("totals", rows.prefix + root)
+        for root, totals in sums.items():
+            rows.put_totals(txn, root, totals)
+
+
+def _damage(key: StateKey, record: StateRecord | None, reason: str) -> Damage:
+    if record is None:
+        return Damage(key, "", False, reason)
+    return Damage(key, record.text, record.is_preamble, reason)
+
+
+def _all_keys(txn: Transaction, rows: NamespaceRows) -> list[StateKey]:
+    found = []
+    row_key = rows.prefix
+    while (row := txn.key_at_or_after("records", row_key)) is not None:
+        if not row.startswith(rows.prefix):
+            break
+        found.append(row[len(rows.prefix) :])
+        row_key = row + b"\0"
+    return found
+
+
+def _check(txn: Transaction, rows: NamespaceRows, record: StateRecord) -> tuple[int, int]:
+    """Values of a state, and their bytes.
+
+    Raises:
+        DamagedStateError: one of them is missing or not what was stored.
+    """
+    count = num_bytes = 0
+    for layer, fmt in enumerate(record.layout.layers):
+        if fmt.representation is Representation.NONE:
+            continue
+        for chunk in range(record.layout.num_chunks(record.num_tokens)):
+            value = txn.view("chunks", chunk_key(rows.prefix, record.key, layer, chunk))
+            if value is None:
+                raise DamagedStateError(record.key, f"layer {layer}, chunk {chunk} is missing")
+            begin = chunk * record.layout.chunk_tokens
+            tokens = min(record.layout.chunk_tokens, record.num_tokens - begin)
+            codec.check(fmt, tokens, record.key, layer, chunk, value)
+            count, num_bytes = count + 1, num_bytes + len(value)
+    if rows.entry(txn, record.key) is None:
+        raise DamagedStateError(record.key, "what is known of it besides its record is missing")
+    return count, num_bytes
+
+
+def _strays(txn: Transaction, rows: NamespaceRows) -> list[bytes]:
+    """Keys of values whose state has no record."""
+    found = []
+    row_key = rows.prefix
+    while (row := txn.key_at_or_after("chunks", row_key)) is not None:
+        if not row.startswith(rows.prefix):
+            break
+        state = row[: len(rows.prefix) + KEY_BYTES]
+        if txn.get("records", state) is not None:
+            row_key = state + b"\xff" * 7  # behind the state's last value
+            continue
+        found.append(row)
+        row_key = row + b"\0"
+    return found
+
+
+def _sums(txn: Transaction, rows: NamespaceRows) -> dict[StateKey, Totals]:
+    """What the sums must be."""
+    sums: dict[StateKey, Totals] = {}
+    for key, entry in rows.entries(txn):
+        record = rows.record(txn, key)
+        if record is not None:
+            sums[record.root] = sums.get(record.root, Totals()).plus(entry)
+    return sums
