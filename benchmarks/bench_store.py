@@ -14,6 +14,7 @@ A and B take turns; ratios are of pairs.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ WORDS = [a + b for a in ("ba", "ko", "mi", "tu", "re", "sa") for b in ("n", "rt"
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--documents", type=int, help="default 1,000,000, with --quick 20,000")
-    parser.add_argument("--open", help=argparse_hidden())
+    parser.add_argument("--open", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.open:
         print(json.dumps(opened(Path(options.open), options.documents)))
@@ -76,12 +78,6 @@ def main() -> None:
     finish(rows, targets, machine(), options.json)
 
 
-def argparse_hidden() -> str:
-    import argparse
-
-    return argparse.SUPPRESS
-
-
 def document(number: int) -> NewState:
     """A document of `TOKENS` tokens as Llama-3-8B's states in eight-bit integers, 32 MB or so."""
     ids = token_array([number, *range(TOKENS - 1)])
@@ -108,30 +104,24 @@ def reading_and_writing(folder: Path, count: int, repeats: int) -> dict[str, Com
     for repeat in range(repeats):
         ours, theirs, _ = found["writing"]
         with StateStore.open(folder / f"store-{repeat}") as store:
-            ours.append(_rated(states, lambda store=store: _put(store, states)))
-        theirs.append(_rated(states, lambda: _write_plain(plain, states)))
+            ours.append(_rated(states, partial(_put, store, states)))
+        theirs.append(_rated(states, partial(_write_plain, plain, states)))
         if repeat:
             _delete(folder / f"store-{repeat}")
-    store_file = folder / "store-0" / "data.mdb"
     for name, is_cold, verify, bound in (
         ("reading, cold", True, True, 0.80),
         ("reading, warm", False, True, 0.80),
         ("reading, warm, not verified", False, False, 0.0),
     ):
-        found[name] = ([], [], bound)
+        ours, theirs = [], []
         for _ in range(repeats + 1):
-            samples = []
-            for path, read in (
-                (store_file, lambda verify=verify: _read(folder / "store-0", states, verify)),
-                (plain, lambda: _read_plain(plain)),
-            ):
-                if is_cold:
-                    drop_page_cache(path)
-                samples.append(_rated(states, read))
-            for side, sample in zip(found[name], samples, strict=False):
-                side.append(sample)
-        for side in found[name][:2]:
-            del side[0]  # the first round warms up
+            if is_cold:
+                drop_page_cache(folder / "store-0" / "data.mdb")
+            ours.append(_rated(states, partial(_read, folder / "store-0", states, verify)))
+            if is_cold:
+                drop_page_cache(plain)
+            theirs.append(_rated(states, partial(_read_plain, plain)))
+        found[name] = (ours[1:], theirs[1:], bound)  # the first round warms up
     return found
 
 

@@ -152,6 +152,9 @@ class TextSet:
         self._lock = threading.Lock()
         self.add(texts)
 
+    def __len__(self) -> int:
+        return len(self._sorted) + len(self._short)
+
     def add(self, texts: Iterable[str]) -> None:
         """Make texts known; whitespace around them does not count."""
         stripped = {text.strip() for text in texts}
@@ -249,7 +252,10 @@ def _longest(view: TextView, prompt: str, at: int) -> Match | None:
             if is_text and (best is None or len(below) >= best.end - at):
                 best = Match(at, at + len(below), below)
             break
-        tail = tail[: _common_length(below, tail)]
+        common = _common_length(below, tail)
+        if common == len(tail):
+            break
+        tail = tail[:common]
         below = view.around(tail)[0]
     return best
 

@@ -206,7 +206,7 @@ def _small_map(monkeypatch: pytest.MonkeyPatch) -> None:
         return opening(path, map_size=map_size, **more)
 
     monkeypatch.setattr(lmdb_backend, "MIN_MAP_BYTES", 1 << 20)
-    monkeypatch.setattr(lmdb_backend.lmdb, "open", open_small)
+    monkeypatch.setattr(lmdb, "open", open_small)
 
 
 @pytest.mark.usefixtures("_small_map")

@@ -1,7 +1,8 @@
 """Where states are kept: knows bytes and keys, neither models nor tensors."""
 
 from hcache_rag.store.backend import Durability
-from hcache_rag.store.states import NewState, StateStore, StoredModel, StoreReader
+from hcache_rag.store.rows import NewState
+from hcache_rag.store.states import StateStore, StoredModel, StoreReader
 from hcache_rag.store.stats import StoreStats
 
 __all__ = [

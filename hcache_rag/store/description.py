@@ -86,9 +86,13 @@ def namespace_in(txn: Transaction, name: str) -> Namespace:
 
 
 def ensure_namespace(
-    backend: Backend, name: str, wait_s: float | None, *, read_only: bool
+    backend: Backend, name: str, key_check: str | None, wait_s: float | None, *, read_only: bool
 ) -> Namespace:
-    """A namespace, which is made where it is missing; numbers are never given twice."""
+    """A namespace, which is made where it is missing; numbers are never given twice.
+
+    Args:
+        key_check: of the key that a new one is encrypted with.
+    """
     with backend.reading() as txn:
         found = namespace_in(txn, name)
     if found.number or read_only:
@@ -96,7 +100,7 @@ def ensure_namespace(
     with backend.writing(wait_s) as txn:
         found = namespace_in(txn, name)
         if not found.number:
-            found = Namespace(1 + int(txn.get("meta", _TAKEN) or b"0"))
+            found = Namespace(1 + int(txn.get("meta", _TAKEN) or b"0"), key_check=key_check)
             txn.put("meta", _TAKEN, str(found.number).encode())
             put_namespace(txn, name, found)
     return found

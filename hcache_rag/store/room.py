@@ -52,6 +52,13 @@ def make_room(
         if filled + needed > quota:
             wanted = filled + needed - int(LOW_WATERMARK * quota)
             _evict(backend, [rows], wanted, held, wait_s)
+            with backend.reading() as txn:
+                filled = sum(totals.num_bytes for totals in rows.totals(txn).values())
+            if filled + needed > quota:
+                raise StoreFullError(
+                    f"{needed:,} bytes are to be stored in namespace {namespace!r} of {quota:,}, "
+                    f"where {filled:,} cannot be spared"
+                )
     if max_bytes is None:
         return
     if needed > HIGH_WATERMARK * max_bytes:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
-from hcache_rag.state import KEY_BYTES, StateKey, StateRecord
+from hcache_rag.errors import DamagedStateError, StoreError
+from hcache_rag.state import KEY_BYTES, StateKey, StateRecord, child_key
 from hcache_rag.store import eviction
 from hcache_rag.store.backend import Table, Transaction
+from hcache_rag.store.cipher import Cipher
 from hcache_rag.store.tables import (
     Counters,
     Entry,
@@ -15,7 +18,8 @@ from hcache_rag.store.tables import (
     anchor_value,
     bytes_on_disk,
     chunk_key,
-    chunk_place,
+    digest16,
+    key_value,
     sequence_key,
     small_from_bytes,
     small_to_bytes,
@@ -37,13 +41,34 @@ _TABLES: tuple[Table, ...] = (
 )
 
 
+Values: TypeAlias = Iterable[tuple[int, int, bytes | bytearray]]
+"""(layer, chunk, value) of every chunk of every layer of a state."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NewState:
+    """A state to be stored.
+
+    Args:
+        values: its chunks.
+        saved_s: seconds that restoring it saves; by default in proportion to its tokens.
+        owners: ids of what it belongs to, see `StateStore.assign`.
+    """
+
+    record: StateRecord
+    values: Values
+    saved_s: float | None = None
+    owners: Sequence[str] = ()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class StateRows:
     """A state as it is stored.
 
     Args:
-        data: the record.
-        chunks: (layer, chunk, value).
+        data: the record, as stored.
+        chunks: (layer, chunk, value), as stored.
+        value_bytes: of the chunks before they were encrypted.
         saved_s: seconds that restoring the state saves.
         owners: digests of its owners.
     """
@@ -51,13 +76,9 @@ class StateRows:
     record: StateRecord
     data: bytes
     chunks: tuple[tuple[int, int, bytes | bytearray], ...]
+    value_bytes: int
     saved_s: float
     owners: tuple[bytes, ...] = ()
-
-    @property
-    def value_bytes(self) -> int:
-        """Of the chunks."""
-        return sum(len(value) for _, _, value in self.chunks)
 
     @property
     def num_bytes(self) -> int:
@@ -68,21 +89,84 @@ class StateRows:
 
 
 class NamespaceRows:
-    """The rows whose keys begin with `prefix`."""
+    """The rows whose keys begin with `prefix`.
 
-    def __init__(self, prefix: bytes) -> None:
+    Args:
+        cipher: of an encrypted namespace. Without it, states can be dropped but not read.
+    """
+
+    def __init__(self, prefix: bytes, cipher: Cipher | None = None) -> None:
         self.prefix = prefix
+        self.cipher = cipher
+
+    def encoded(self, state: NewState) -> StateRows:
+        """A state as it will be stored.
+
+        Raises:
+            ValueError: its key is not that of its parent and token ids.
+        """
+        record = state.record
+        if record.key != child_key(record.parent, record.token_ids):
+            raise ValueError(f"{record.key.hex()} is not the key of its parent and token ids")
+        data, chunks = record.to_bytes(), tuple(state.values)
+        value_bytes = sum(len(value) for _, _, value in chunks)
+        if self.cipher is not None:
+            seal, prefix = self.cipher.seal, self.prefix
+            data = seal(data, prefix + record.key)
+            chunks = tuple(
+                (layer, chunk, seal(value, chunk_key(prefix, record.key, layer, chunk)))
+                for layer, chunk, value in chunks
+            )
+        saved_s = record.num_tokens * 1e-3 if state.saved_s is None else state.saved_s
+        owners = tuple(map(self.owner, state.owners))
+        return StateRows(record, data, chunks, value_bytes, saved_s, owners)
+
+    def owner(self, owner: str) -> bytes:
+        """What stands for an owner in keys."""
+        return self._digest(owner)[:KEY_BYTES]
+
+    def text_part(self, text: str) -> tuple[bytes, bool]:
+        """What stands for a text in keys of `texts`, and whether it is the whole text."""
+        return text_part(text) if self.cipher is None else (self._digest(text), False)
+
+    def _digest(self, name: str) -> bytes:
+        encoded = name.encode("utf-8", "surrogatepass")
+        return digest16(encoded) if self.cipher is None else self.cipher.name(encoded)
 
     def record(self, txn: Transaction, key: StateKey) -> StateRecord | None:
         """The record of a state, or None where there is none that can be read."""
         data = txn.get("records", self.prefix + key)
-        return None if data is None else _parse(key, data)
+        return None if data is None else self._parse(key, data)
+
+    def _parse(self, key: StateKey, data: bytes) -> StateRecord | None:
+        if self.cipher is not None:
+            opened = self.cipher.open(data, self.prefix + key)
+            return None if opened is None else _parse(key, opened)
+        return _parse(key, data)
+
+    def value(self, txn: Transaction, key: StateKey, layer: int, chunk: int) -> memoryview | None:
+        """The value of a chunk: where it lies, or decrypted; None where there is none.
+
+        Raises:
+            DamagedStateError: it cannot be read or decrypted.
+        """
+        place = chunk_key(self.prefix, key, layer, chunk)
+        try:
+            value = txn.view("chunks", place)
+        except StoreError as error:
+            raise DamagedStateError(key, f"layer {layer}, chunk {chunk}: {error}") from error
+        if value is None or self.cipher is None:
+            return value
+        opened = self.cipher.open(value, place)
+        if opened is None:
+            raise DamagedStateError(key, f"layer {layer}, chunk {chunk} cannot be decrypted")
+        return memoryview(opened)
 
     def records(self, txn: Transaction) -> Iterator[tuple[StateKey, StateRecord | None]]:
         """All records in order of their keys; None for those that cannot be read."""
         for row_key, data in txn.scan("records", self.prefix):
             key = row_key[len(self.prefix) :]
-            yield key, _parse(key, data)
+            yield key, self._parse(key, data)
 
     def store(self, txn: Transaction, rows: StateRows) -> None:
         """Store a state, replacing what is there under its key; its owners stay."""
@@ -94,6 +178,8 @@ class NamespaceRows:
             rows.num_bytes,
             record.num_tokens,
             record.is_preamble,
+            record.root,
+            b"" if record.is_preamble else self.text_part(record.text)[0],
             rows.saved_s,
             record.created_s,
             priority=eviction.priority(counters.clock, 0, rows.saved_s, rows.num_bytes),
@@ -102,13 +188,14 @@ class NamespaceRows:
             txn.put("chunks", chunk_key(self.prefix, key, layer, chunk), value)
         txn.put("entries", self.prefix + key, entry.to_bytes())
         if not record.is_preamble:
-            part, is_whole = text_part(record.text)
+            part, is_whole = self.text_part(record.text)
             txn.put("texts", text_key(self.prefix, part, key), b"" if is_whole else b"+")
             place = sequence_key(self.prefix, counters.sequence)
-            txn.put("anchors", place, anchor_value(record.text, _anchor(record.text)))
+            plain = anchor_value(record.text, _anchor(record.text))
+            txn.put("anchors", place, plain if self.cipher is None else key_value(key))
         for owner in rows.owners:
             self.own(txn, owner, key)
-        self._add(txn, record.root, entry, 1)
+        self._add(txn, entry, 1)
         self.put_counters(txn, counters.plus(sequence=1))
         txn.put("records", self.prefix + key, rows.data)
 
@@ -119,16 +206,15 @@ class NamespaceRows:
         return self._remove(txn, key)
 
     def _remove(self, txn: Transaction, key: StateKey) -> bool:
-        record, entry = self.record(txn, key), self.entry(txn, key)
+        entry = self.entry(txn, key)
         found = txn.delete("records", self.prefix + key)
         for row_key in self._chunk_keys(txn, key):
             txn.delete("chunks", row_key)
-        if record is not None and not record.is_preamble:
-            txn.delete("texts", text_key(self.prefix, text_part(record.text)[0], key))
         if entry is not None:
+            if not entry.is_preamble:
+                txn.delete("texts", text_key(self.prefix, entry.text, key))
             txn.delete("anchors", sequence_key(self.prefix, entry.sequence))
-            if record is not None:
-                self._add(txn, record.root, entry, -1)
+            self._add(txn, entry, -1)
         txn.delete("entries", self.prefix + key)
         return found
 
@@ -141,13 +227,9 @@ class NamespaceRows:
             row_key = row + b"\0"
         return found
 
-    def _add(self, txn: Transaction, root: StateKey, entry: Entry, sign: int) -> None:
-        totals: Totals = small_from_bytes(Totals, txn.get("totals", self.prefix + root))
-        self.put_totals(txn, root, totals.plus(entry, sign))
-
-    def places(self, txn: Transaction, key: StateKey) -> list[tuple[int, int]]:
-        """(layer, chunk) of all values of a state."""
-        return [chunk_place(self.prefix, row_key) for row_key in self._chunk_keys(txn, key)]
+    def _add(self, txn: Transaction, entry: Entry, sign: int) -> None:
+        totals: Totals = small_from_bytes(Totals, txn.get("totals", self.prefix + entry.root))
+        self.put_totals(txn, entry.root, totals.plus(entry, sign))
 
     def entry(self, txn: Transaction, key: StateKey) -> Entry | None:
         """What is known of a state besides its record; None where that is missing or damaged."""

@@ -7,6 +7,7 @@ returns is not lost; what a reader sees is whole.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
@@ -15,19 +16,19 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 from hcache_rag.errors import (
-    DamagedStateError,
     MissingStateError,
     StoreBusyError,
     StoreError,
     StoreFullError,
     StoreOpenError,
 )
-from hcache_rag.state import StateKey, StateRecord, child_key
+from hcache_rag.state import StateKey, StateRecord
 from hcache_rag.store import eviction
 from hcache_rag.store.backend import Backend, Durability, Transaction
+from hcache_rag.store.cipher import Cipher, KeySource
 from hcache_rag.store.description import (
     describe,
     ensure_namespace,
@@ -39,23 +40,19 @@ from hcache_rag.store.description import (
 from hcache_rag.store.lmdb_backend import LmdbBackend
 from hcache_rag.store.memory import MemoryBackend
 from hcache_rag.store.room import make_room
-from hcache_rag.store.rows import NamespaceRows, StateRows
+from hcache_rag.store.rows import NamespaceRows, NewState, StateRows, Values
 from hcache_rag.store.stats import StoreStats, stats_of
 from hcache_rag.store.tables import (
     Counters,
     Entry,
     Totals,
-    chunk_key,
     namespace_prefix,
-    owner_digest,
-    text_part,
 )
 from hcache_rag.store.texts import StoredTexts, records_alike
 from hcache_rag.store.verify import VerifyReport, repair, verify
 from hcache_rag.texts import TextView
 
-Values: TypeAlias = Iterable[tuple[int, int, bytes | bytearray]]
-"""(layer, chunk, value) of every chunk of every layer of a state."""
+logger = logging.getLogger("hcache_rag")
 
 DEFAULT_NAMESPACE = "default"
 MIN_BYTES = 1 << 20
@@ -85,22 +82,6 @@ class StoredModel:
             return cls("an unknown model")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class NewState:
-    """A state to be stored.
-
-    Args:
-        values: its chunks.
-        saved_s: seconds that restoring it saves; by default in proportion to its tokens.
-        owners: ids of what it belongs to, see `StateStore.assign`.
-    """
-
-    record: StateRecord
-    values: Values
-    saved_s: float | None = None
-    owners: Sequence[str] = ()
-
-
 class StateStore:
     """A folder of states, seen through one namespace. Use `StateStore.open`. Thread-safe."""
 
@@ -109,6 +90,7 @@ class StateStore:
         backend: Backend,
         namespace: str,
         *,
+        key: KeySource | None = None,
         read_only: bool = False,
         write_wait_s: float | None = None,
         reopen: Callable[[], Backend] | None = None,
@@ -127,8 +109,13 @@ class StateStore:
         description = describe(backend, write_wait_s, read_only=read_only)
         self._store_id, self.max_bytes = description.store_id, description.max_bytes
         backend.limit(self.max_bytes)
-        its = ensure_namespace(backend, namespace, write_wait_s, read_only=read_only)
-        self._rows = NamespaceRows(namespace_prefix(its.number))
+        cipher = Cipher(key) if key is not None else None
+        check = cipher.check if cipher is not None else None
+        its = ensure_namespace(backend, namespace, check, write_wait_s, read_only=read_only)
+        self._is_locked = its.number > 0 and its.key_check != check
+        if self._is_locked:
+            logger.warning("%s; its states cannot be used", self._locked())
+        self._rows = NamespaceRows(namespace_prefix(0 if self._is_locked else its.number), cipher)
         self._texts = StoredTexts(self._rows.prefix, self._rows.record)
 
     @classmethod
@@ -139,6 +126,7 @@ class StateStore:
         namespace: str = DEFAULT_NAMESPACE,
         max_bytes: int | None = None,
         namespace_max_bytes: int | None = None,
+        key: KeySource | None = None,
         durability: Durability = "fsync",
         write_wait_s: float | None = None,
         read_only: bool = False,
@@ -152,6 +140,9 @@ class StateStore:
             max_bytes: the most that the file may grow to, from now on; states that save least time
                 go when it is filled. None leaves the limit as it is; a new store has none.
             namespace_max_bytes: the same for the states of this namespace.
+            key: encrypts the texts and values of this namespace, see `hcache_rag.store.cipher`: 32
+                bytes, a file that holds them, or a callback. It is given when the namespace is made
+                and each time it is opened; with another key, or none, its states are not found.
             durability: "fsync": what is stored survives a power cut. "fast": it survives a killed
                 process, and a power cut only after `sync`, which `HCacheEngine.precompute` and
                 `close` call; a power cut before may damage any part of the store.
@@ -182,6 +173,7 @@ class StateStore:
             store = cls(
                 backend,
                 namespace,
+                key=key,
                 read_only=read_only,
                 write_wait_s=write_wait_s,
                 reopen=reopen,
@@ -200,10 +192,14 @@ class StateStore:
 
     @classmethod
     def in_memory(
-        cls, *, namespace: str = DEFAULT_NAMESPACE, beside: StateStore | None = None
+        cls,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        key: KeySource | None = None,
+        beside: StateStore | None = None,
     ) -> StateStore:
         """A store that lives as long as its process, perhaps `beside` another namespace of one."""
-        return cls(MemoryBackend() if beside is None else beside._live, namespace)
+        return cls(MemoryBackend() if beside is None else beside._live, namespace, key=key)
 
     @property
     def store_id(self) -> str:
@@ -214,6 +210,8 @@ class StateStore:
     def __reduce__(self) -> tuple[Callable[..., StateStore], tuple[Any, ...]]:
         if self._reopen is None:
             raise TypeError("a store in memory cannot be passed to another process")
+        if self._rows.cipher is not None:
+            raise TypeError("a store with a key is not passed on; open it there")
         return _open_again, (str(self.path), self.namespace, self._write_wait_s, self.read_only)
 
     # States.
@@ -242,7 +240,7 @@ class StateStore:
             StoreError: the store is read-only, or the disk failed.
         """
         self._require_writable()
-        new = [_rows_of(state) for state in states]
+        new = [self._rows.encoded(state) for state in states]
         for attempt in range(MAX_ATTEMPTS):
             self._make_room(new, attempt)
             try:
@@ -277,7 +275,7 @@ class StateStore:
 
     def find(self, text: str) -> list[StateRecord]:
         """The records of all states of a text."""
-        part, _ = text_part(text)
+        part, _ = self._rows.text_part(text)
         with self._live.reading() as txn:
             alike = records_alike(txn, self._rows.prefix, part, self._rows.record)
             return [record for record in alike if record.text == text]
@@ -298,7 +296,7 @@ class StateStore:
         self._pin(keys, 1)
         try:
             with self._live.reading() as txn:
-                yield StoreReader(txn, self._rows.prefix)
+                yield StoreReader(txn, self._rows)
         finally:
             self._pin(keys, -1)
 
@@ -333,7 +331,7 @@ class StateStore:
             How many were deleted.
         """
         self._require_writable()
-        wanted = {owner_digest(owner): set(keys) for owner, keys in owned.items()}
+        wanted = {self._rows.owner(owner): set(keys) for owner, keys in owned.items()}
         with self._live.reading() as txn:
             known = {digest: set(self._rows.keys_of(txn, digest)) for digest in wanted}
         if all(known[d] >= keys if add else known[d] == keys for d, keys in wanted.items()):
@@ -350,13 +348,13 @@ class StateStore:
     def keys_of(self, owner: str) -> list[StateKey]:
         """The states that belong to `owner`."""
         with self._live.reading() as txn:
-            return self._rows.keys_of(txn, owner_digest(owner))
+            return self._rows.keys_of(txn, self._rows.owner(owner))
 
     def delete_owner(self, *owners: str) -> int:
         """Delete the states that belong to these owners and to nobody else; their number."""
         self._require_writable()
         with self._writing() as txn:
-            digests = map(owner_digest, owners)
+            digests = map(self._rows.owner, owners)
             gone = {digest: self._rows.keys_of(txn, digest) for digest in digests}
             return self._disown(txn, gone, delete=True)
 
@@ -573,6 +571,12 @@ class StateStore:
         self._live  # noqa: B018 - a closed store is an error
         if self.read_only:
             raise StoreError(f"the store {self.path} is open for reading only")
+        if self._is_locked:
+            raise StoreError(self._locked())
+
+    def _locked(self) -> str:
+        name = f"namespace {self.namespace!r} of {self.path}"
+        return f"{name} was made with another key, or with none"
 
     def _writing(self) -> AbstractContextManager[Transaction]:
         return self._live.writing(self._write_wait_s)
@@ -617,21 +621,18 @@ class StateStore:
 class StoreReader:
     """Reads values inside one read transaction. The views it gives die with it."""
 
-    def __init__(self, txn: Transaction, prefix: bytes) -> None:
+    def __init__(self, txn: Transaction, rows: NamespaceRows) -> None:
         self._txn = txn
-        self._prefix = prefix
+        self._rows = rows
 
     def value(self, key: StateKey, layer: int, chunk: int) -> memoryview:
-        """The stored value of one chunk, straight from the map.
+        """The stored value of one chunk, straight from the map where it is not encrypted.
 
         Raises:
             MissingStateError: there is none.
-            DamagedStateError: LMDB cannot follow its own pages to it.
+            DamagedStateError: it cannot be read.
         """
-        try:
-            value = self._txn.view("chunks", chunk_key(self._prefix, key, layer, chunk))
-        except StoreError as error:
-            raise DamagedStateError(key, f"layer {layer}, chunk {chunk}: {error}") from error
+        value = self._rows.value(self._txn, key, layer, chunk)
         if value is None:
             raise MissingStateError(key, f"layer {layer}, chunk {chunk} is not in the store")
         return value
@@ -655,20 +656,6 @@ def _folder(path: str | os.PathLike[str], *, read_only: bool) -> Path:
         if not os.access(folder, os.W_OK):
             raise StoreOpenError(f"{folder} is not writable")
     return folder
-
-
-def _rows_of(state: NewState) -> StateRows:
-    record = state.record
-    if record.key != child_key(record.parent, record.token_ids):
-        raise ValueError(f"{record.key.hex()} is not the key of its parent and token ids")
-    saved_s = record.num_tokens * 1e-3 if state.saved_s is None else state.saved_s
-    return StateRows(
-        record,
-        record.to_bytes(),
-        tuple(state.values),
-        saved_s,
-        tuple(map(owner_digest, state.owners)),
-    )
 
 
 def _open_again(

@@ -47,6 +47,16 @@ def sequence_key(prefix: bytes, sequence: int) -> bytes:
     return prefix + _SEQUENCE.pack(sequence)
 
 
+def key_value(key: StateKey) -> bytes:
+    """Of `anchors`, where texts are encrypted: the state whose record holds the text."""
+    return b"k" + key
+
+
+def key_of(value: bytes) -> StateKey | None:
+    """The inverse; None for another value."""
+    return value[1:] if value[:1] == b"k" and len(value) == 1 + KEY_BYTES else None
+
+
 def anchor_value(text: str, anchor: int | None) -> bytes:
     """Of `anchors`: the hash of a text's beginning, or the text itself where it is too short."""
     if anchor is None:
@@ -71,8 +81,10 @@ def text_part(text: str) -> tuple[bytes, bool]:
     written as two bytes, so that the end of a part sorts before everything that could go on.
     """
     encoded = text[:_TEXT_BYTES].encode("utf-8", "surrogatepass").replace(b"\0", b"\0\xff")
-    is_whole = len(text) <= _TEXT_BYTES and len(encoded) <= _TEXT_BYTES
-    return encoded[:_TEXT_BYTES], is_whole
+    part = encoded[:_TEXT_BYTES]
+    if part.endswith(b"\0"):
+        part += b"\xff"  # what a zero is written as is not cut
+    return part, len(encoded) < _TEXT_BYTES  # at that length, others may go on from there
 
 
 def text_key(prefix: bytes, part: bytes, key: StateKey = b"") -> bytes:
@@ -90,9 +102,9 @@ def text_of(part: bytes) -> str:
     return part.replace(b"\0\xff", b"\0").decode("utf-8", "surrogatepass")
 
 
-def owner_digest(owner: str) -> bytes:
-    """16 bytes that stand for an owner (a source document's id, say) of any length."""
-    return hashlib.blake2b(owner.encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES).digest()
+def digest16(name: bytes) -> bytes:
+    """16 bytes that stand for a name of any length."""
+    return hashlib.blake2b(name, digest_size=KEY_BYTES).digest()
 
 
 def bytes_on_disk(key_bytes: int, value_bytes: int) -> int:
@@ -121,6 +133,8 @@ class Entry:
         sequence: when it came, counted in states.
         num_bytes: on disk.
         num_tokens, is_preamble: as in its record.
+        root: of its model.
+        text: what stands for its text in a key of `texts`; empty for a preamble.
         saved_s: seconds that restoring it saves.
         created_s, used_s: seconds since the epoch; `used_s` is 0 before the first use.
         hits: how often it was restored.
@@ -131,23 +145,30 @@ class Entry:
     num_bytes: int
     num_tokens: int
     is_preamble: bool
+    root: StateKey
+    text: bytes
     saved_s: float
     created_s: float
     used_s: float = 0.0
     hits: int = 0
     priority: float = 0.0
 
-    _FORMAT = struct.Struct("<QQI?dddId")
+    _FORMAT = struct.Struct("<QQI?16sdddId")
 
     def to_bytes(self) -> bytes:
-        """As stored."""
-        return sealed(self._FORMAT.pack(*(getattr(self, f.name) for f in fields(self))))
+        """As stored: the text last, since its length differs."""
+        numbers = (getattr(self, f.name) for f in fields(self) if f.name != "text")
+        return sealed(self._FORMAT.pack(*numbers) + self.text)
 
     @classmethod
     def from_bytes(cls, value: bytes | None) -> Entry | None:
         """The inverse; None where it is missing or damaged."""
-        data = unsealed(value)
-        return cls(*cls._FORMAT.unpack(data)) if data and len(data) == cls._FORMAT.size else None
+        data, size = unsealed(value), cls._FORMAT.size
+        if data is None or len(data) < size:
+            return None
+        numbers: tuple[Any, ...] = cls._FORMAT.unpack(data[:size])
+        values = (*numbers[:5], data[size:], *numbers[5:])
+        return cls(*values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +239,14 @@ def small_from_bytes(kind: type[Any], value: bytes | None) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """A namespace's number, and the most bytes that its states may take."""
+    """A namespace.
+
+    Args:
+        number: what its keys begin with.
+        max_bytes: the most that its states may take.
+        key_check: by which its encryption key is known again; None where nothing is encrypted.
+    """
 
     number: int = 0
     max_bytes: int | None = None
+    key_check: str | None = None

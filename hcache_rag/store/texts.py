@@ -1,7 +1,8 @@
 """The texts of a namespace, found in prompts without being read when the store is opened.
 
 `texts` has the beginning of every text in sorted order, `anchors` a hash of its first characters in
-order of arrival: these are read when a store is opened, and then only what has come since.
+order of arrival: these are read when a store is opened, and then only what has come since. Where
+texts are encrypted neither would keep their secret: there they are kept in memory, decrypted.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from hcache_rag.store.backend import Transaction
 from hcache_rag.store.tables import (
     Counters,
     anchor_of,
+    key_of,
     sequence_key,
     small_from_bytes,
     split_text_key,
@@ -26,7 +28,7 @@ from hcache_rag.store.tables import (
     text_of,
     text_part,
 )
-from hcache_rag.texts import AnchorSet, TextView
+from hcache_rag.texts import AnchorSet, TextSet, TextView
 
 ReadRecord = Callable[[Transaction, StateKey], StateRecord | None]
 
@@ -44,6 +46,7 @@ class StoredTexts:
         self._read_record = read_record
         self._anchors = AnchorSet()
         self._short: set[str] = set()
+        self._decrypted = TextSet()
         self._next = 0
         self._lock = threading.Lock()
 
@@ -52,24 +55,33 @@ class StoredTexts:
         """The texts that a transaction sees."""
         with self._lock:
             self._catch_up(txn)
+            if len(self._decrypted):  # the table is of no use there
+                with self._decrypted.looking() as view:
+                    yield view
+                return
             yield _View(txn, self._prefix, self._anchors, self._short, self._read_record)
 
     def _catch_up(self, txn: Transaction) -> None:
         counters: Counters = small_from_bytes(Counters, txn.get("totals", self._prefix))
         if counters.sequence < self._next:  # the namespace was deleted and made anew
             self._anchors, self._short, self._next = AnchorSet(), set(), 0
+            self._decrypted = TextSet()
         if counters.sequence == self._next:
             return
         start = sequence_key(self._prefix, self._next)
-        anchors = []
+        anchors, keys = [], []
         for _, value in txn.scan("anchors", self._prefix, start):
-            anchor = anchor_of(value)
+            key, anchor = key_of(value), anchor_of(value)
+            if key is not None:
+                keys.append(key)
             if isinstance(anchor, int):
                 anchors.append(anchor)
             elif anchor:
                 self._short.add(anchor)
         if anchors:
             self._anchors.add(np.array(anchors, np.uint64))
+        records = (self._read_record(txn, key) for key in keys)
+        self._decrypted.add([record.text for record in records if record is not None])
         self._next = counters.sequence
 
 

@@ -11,7 +11,7 @@ from hcache_rag.layout import Representation
 from hcache_rag.state import KEY_BYTES, StateKey, StateRecord
 from hcache_rag.store.backend import Backend, Transaction
 from hcache_rag.store.rows import NamespaceRows
-from hcache_rag.store.tables import Totals, chunk_key
+from hcache_rag.store.tables import Totals
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,9 @@ def verify(
     if on_progress is not None:
         on_progress(len(keys), len(keys))
     with backend.reading() as txn:
-        strays, is_sum_right = len(_strays(txn, rows)), _sums(txn, rows) == rows.totals(txn)
+        strays = len(_strays(txn, rows))
+        kept = {root: totals for root, totals in rows.totals(txn).items() if totals != Totals()}
+        is_sum_right = _sums(txn, rows) == kept
     return VerifyReport(len(keys), values, num_bytes, tuple(damaged), strays, is_sum_right)
 
 
@@ -137,7 +139,7 @@ def _check(txn: Transaction, rows: NamespaceRows, record: StateRecord) -> tuple[
         if fmt.representation is Representation.NONE:
             continue
         for chunk in range(record.layout.num_chunks(record.num_tokens)):
-            value = txn.view("chunks", chunk_key(rows.prefix, record.key, layer, chunk))
+            value = rows.value(txn, record.key, layer, chunk)
             if value is None:
                 raise DamagedStateError(record.key, f"layer {layer}, chunk {chunk} is missing")
             begin = chunk * record.layout.chunk_tokens
@@ -168,8 +170,6 @@ def _strays(txn: Transaction, rows: NamespaceRows) -> list[bytes]:
 def _sums(txn: Transaction, rows: NamespaceRows) -> dict[StateKey, Totals]:
     """What the sums must be."""
     sums: dict[StateKey, Totals] = {}
-    for key, entry in rows.entries(txn):
-        record = rows.record(txn, key)
-        if record is not None:
-            sums[record.root] = sums.get(record.root, Totals()).plus(entry)
+    for _, entry in rows.entries(txn):
+        sums[entry.root] = sums.get(entry.root, Totals()).plus(entry)
     return sums
