@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
@@ -40,6 +42,29 @@ Durability: TypeAlias = Literal["fsync", "fast"]
 
 PAGE_BYTES = 4096
 """Values take whole pages, from about half a page on."""
+
+
+class Pins:
+    """Rows that somebody reads at the moment, and that must stay. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[bytes] = Counter()
+        self._lock = threading.Lock()
+
+    def add(self, rows: Iterable[bytes]) -> None:
+        """They are read."""
+        with self._lock:
+            self._counts.update(rows)
+
+    def remove(self, rows: Iterable[bytes]) -> None:
+        """They are not any more."""
+        with self._lock:
+            self._counts.subtract(rows)
+            self._counts += Counter()
+
+    def __iter__(self) -> Iterator[bytes]:
+        with self._lock:
+            return iter(list(self._counts))
 
 
 class Transaction(Protocol):
@@ -86,6 +111,7 @@ class Backend(Protocol):
 
     path: Path
     is_read_only: bool
+    pins: Pins
 
     def reading(self) -> AbstractContextManager[Transaction]:
         """A transaction that sees one moment, for one thread; it must not write."""

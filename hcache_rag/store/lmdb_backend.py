@@ -13,7 +13,7 @@ from typing import Any
 import lmdb
 
 from hcache_rag.errors import StoreBusyError, StoreError, StoreFullError, StoreOpenError
-from hcache_rag.store.backend import TABLES, Durability, Table
+from hcache_rag.store.backend import TABLES, Durability, Pins, Table
 
 try:
     import fcntl
@@ -136,6 +136,7 @@ class LmdbBackend:
     def __init__(self, folder: Path, *, read_only: bool, durability: Durability) -> None:
         self.path = folder
         self.is_read_only = read_only
+        self.pins = Pins()
         self.durability = durability
         self.pid = os.getpid()
         self._users = 1

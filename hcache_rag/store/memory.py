@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hcache_rag.errors import StoreBusyError, StoreError, StoreFullError
-from hcache_rag.store.backend import PAGE_BYTES, TABLES, Table
+from hcache_rag.store.backend import PAGE_BYTES, TABLES, Pins, Table
 
 
 class _Rows:
@@ -106,6 +106,7 @@ class MemoryBackend:
     def __init__(self) -> None:
         self.path = Path(":memory:")
         self.is_read_only = False
+        self.pins = Pins()
         self._tables: dict[Table, _Rows] = {table: _Rows([], {}) for table in TABLES}
         self._writer = threading.Lock()
         self._max_bytes: int | None = None

@@ -6,7 +6,6 @@ import time
 from collections.abc import Collection, Sequence
 
 from hcache_rag.errors import StoreFullError
-from hcache_rag.state import StateKey
 from hcache_rag.store.backend import Backend
 from hcache_rag.store.description import namespace_in, namespaces_in
 from hcache_rag.store.rows import NamespaceRows, StateRows, evict
@@ -21,7 +20,7 @@ def make_room(
     namespace: str,
     rows: NamespaceRows,
     new: Sequence[StateRows],
-    held: Collection[StateKey],
+    held: Collection[bytes],
     *,
     max_bytes: int | None,
     attempt: int = 0,
@@ -30,7 +29,7 @@ def make_room(
     """Let states go where `new` would fill the namespace, or the store, too much.
 
     Args:
-        held: states that stay.
+        held: keys of records that stay.
         max_bytes: the store's limit.
         attempt: with each more goes than the time before.
 
@@ -43,6 +42,12 @@ def make_room(
         filled = sum(totals.num_bytes for totals in rows.totals(txn).values())
         every = [NamespaceRows(prefix) for prefix in namespaces_in(txn).values()]
         used = txn.used_bytes()
+        replaced = [rows.entry(txn, each.record.key) for each in new]
+    filled -= sum(entry.num_bytes for entry in replaced if entry is not None)
+    if max_bytes is not None and needed > HIGH_WATERMARK * max_bytes:
+        raise StoreFullError(
+            f"{needed:,} bytes are to be stored, but {backend.path} may have {max_bytes:,}"
+        )
     if quota is not None:
         if needed > quota:
             raise StoreFullError(
@@ -54,6 +59,8 @@ def make_room(
             _evict(backend, [rows], wanted, held, wait_s)
             with backend.reading() as txn:
                 filled = sum(totals.num_bytes for totals in rows.totals(txn).values())
+                replaced = [rows.entry(txn, each.record.key) for each in new]
+            filled -= sum(entry.num_bytes for entry in replaced if entry is not None)
             if filled + needed > quota:
                 raise StoreFullError(
                     f"{needed:,} bytes are to be stored in namespace {namespace!r} of {quota:,}, "
@@ -61,10 +68,6 @@ def make_room(
                 )
     if max_bytes is None:
         return
-    if needed > HIGH_WATERMARK * max_bytes:
-        raise StoreFullError(
-            f"{needed:,} bytes are to be stored, but {backend.path} may have {max_bytes:,}"
-        )
     if attempt or used + needed > HIGH_WATERMARK * max_bytes:
         low = (LOW_WATERMARK - 0.1 * attempt) * max_bytes
         _evict(backend, every, used + needed - int(low), held, wait_s)
@@ -74,7 +77,7 @@ def _evict(
     backend: Backend,
     namespaces: Sequence[NamespaceRows],
     num_bytes: int,
-    held: Collection[StateKey],
+    held: Collection[bytes],
     wait_s: float | None,
 ) -> None:
     with backend.writing(wait_s) as txn:

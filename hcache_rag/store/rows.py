@@ -286,7 +286,8 @@ class NamespaceRows:
         return next(iter(txn.scan("owned", self.prefix + key)), None) is not None
 
     def clear(self, txn: Transaction) -> None:
-        """Delete everything."""
+        """Delete everything; states go on to be numbered as before, for who has looked at them."""
+        counters = self.counters(txn)
         for table in _TABLES:
             row_key = self.prefix
             while (row := txn.key_at_or_after(table, row_key)) is not None:
@@ -294,13 +295,14 @@ class NamespaceRows:
                     break
                 txn.delete(table, row)
                 row_key = row
+        self.put_counters(txn, Counters(sequence=counters.sequence))
 
 
 def evict(
     txn: Transaction,
     namespaces: Iterable[NamespaceRows],
     num_bytes: int,
-    held: Collection[StateKey],
+    held: Collection[bytes],
 ) -> int:
     """Drop the states that save least for their bytes, until `num_bytes` are free; how many."""
     rows_of = list(namespaces)
@@ -308,7 +310,7 @@ def evict(
         (entry.priority, entry.num_bytes, (number, key))
         for number, rows in enumerate(rows_of)
         for key, entry in rows.entries(txn)
-        if not entry.is_preamble and key not in held
+        if not entry.is_preamble and rows.prefix + key not in held
     ]
     chosen, clock = eviction.victims(candidates, num_bytes)
     sizes = {identity: size for _, size, identity in candidates}

@@ -45,6 +45,7 @@ from hcache_rag.store.stats import StoreStats, stats_of
 from hcache_rag.store.tables import (
     Counters,
     Entry,
+    Namespace,
     Totals,
     namespace_prefix,
 )
@@ -105,18 +106,24 @@ class StateStore:
         self._lock = threading.Lock()
         self._touches: dict[StateKey, int] = {}
         self._counted: dict[str, float] = {}
-        self._pins: dict[StateKey, int] = {}
+        self._is_looking = False
         description = describe(backend, write_wait_s, read_only=read_only)
         self._store_id, self.max_bytes = description.store_id, description.max_bytes
         backend.limit(self.max_bytes)
-        cipher = Cipher(key) if key is not None else None
-        check = cipher.check if cipher is not None else None
-        its = ensure_namespace(backend, namespace, check, write_wait_s, read_only=read_only)
+        self._cipher = Cipher(key) if key is not None else None
+        check = self._cipher.check if self._cipher is not None else None
+        self._bind(ensure_namespace(backend, namespace, check, write_wait_s, read_only=read_only))
+
+    def _bind(self, its: Namespace) -> None:
+        """From now on, see a namespace; number 0, in which nothing is, where it is locked."""
+        self._its = its
+        check = self._cipher.check if self._cipher is not None else None
         self._is_locked = its.number > 0 and its.key_check != check
         if self._is_locked:
             logger.warning("%s; its states cannot be used", self._locked())
-        self._rows = NamespaceRows(namespace_prefix(0 if self._is_locked else its.number), cipher)
-        self._texts = StoredTexts(self._rows.prefix, self._rows.record)
+        number = 0 if self._is_locked else its.number
+        self._rows = NamespaceRows(namespace_prefix(number), self._cipher)
+        self._texts = StoredTexts(self._rows)
 
     @classmethod
     def open(
@@ -159,6 +166,8 @@ class StateStore:
             ("max_bytes", max_bytes),
             ("namespace_max_bytes", namespace_max_bytes),
         ):
+            if limit is not None and not isinstance(limit, int):
+                raise TypeError(f"{name} is a whole number of bytes, not {limit!r}")
             if limit is not None and limit < MIN_BYTES:
                 raise ValueError(f"{name} is {limit:,}, but at least {MIN_BYTES:,} are needed")
         if durability not in ("fsync", "fast"):
@@ -212,7 +221,9 @@ class StateStore:
             raise TypeError("a store in memory cannot be passed to another process")
         if self._rows.cipher is not None:
             raise TypeError("a store with a key is not passed on; open it there")
-        return _open_again, (str(self.path), self.namespace, self._write_wait_s, self.read_only)
+        durability = getattr(self._live, "durability", "fsync")
+        arguments = (str(self.path), self.namespace, durability)
+        return _open_again, (*arguments, self._write_wait_s, self.read_only)
 
     # States.
 
@@ -240,11 +251,13 @@ class StateStore:
             StoreError: the store is read-only, or the disk failed.
         """
         self._require_writable()
+        self._keep_up()
         new = [self._rows.encoded(state) for state in states]
         for attempt in range(MAX_ATTEMPTS):
             self._make_room(new, attempt)
             try:
                 with self._writing() as txn:
+                    put_namespace(txn, self.namespace, self._current(txn))
                     for rows in new:
                         self._rows.store(txn, rows)
                 break
@@ -253,6 +266,25 @@ class StateStore:
                 if not can_go_on or attempt + 1 == MAX_ATTEMPTS:
                     raise
         return sum(rows.value_bytes for rows in new)
+
+    def _keep_up(self) -> None:
+        """Look at what others may have changed: the limit, and the namespace."""
+        with self._live.reading() as txn:
+            its = namespace_in(txn, self.namespace)
+        if its.number and its.number != self._its.number:
+            self._bind(its)
+            self._require_writable()
+        max_bytes = describe(self._live, self._write_wait_s, read_only=True).max_bytes
+        if max_bytes != self.max_bytes:
+            self.max_bytes = max_bytes
+            self._live.limit(max_bytes)
+
+    def _current(self, txn: Transaction) -> Namespace:
+        """This namespace as it is, or as it was before somebody deleted it."""
+        its = namespace_in(txn, self.namespace)
+        if its.number and its.number != self._its.number:
+            raise StoreBusyError(f"namespace {self.namespace!r} was made anew meanwhile")
+        return its if its.number else self._its
 
     def record(self, key: StateKey) -> StateRecord | None:
         """The record of a state, or None where there is none that can be read."""
@@ -277,7 +309,7 @@ class StateStore:
         """The records of all states of a text."""
         part, _ = self._rows.text_part(text)
         with self._live.reading() as txn:
-            alike = records_alike(txn, self._rows.prefix, part, self._rows.record)
+            alike = records_alike(txn, self._rows, part)
             return [record for record in alike if record.text == text]
 
     @contextmanager
@@ -293,12 +325,14 @@ class StateStore:
         Args:
             keys: states that must not be evicted meanwhile.
         """
-        self._pin(keys, 1)
+        backend = self._live
+        pinned = [self._rows.prefix + key for key in keys]
+        backend.pins.add(pinned)
         try:
-            with self._live.reading() as txn:
+            with backend.reading() as txn:
                 yield StoreReader(txn, self._rows)
         finally:
-            self._pin(keys, -1)
+            backend.pins.remove(pinned)
 
     def delete(self, key: StateKey) -> bool:
         """Delete a state; False where there was none."""
@@ -380,7 +414,9 @@ class StateStore:
         deleted = 0
         for begin in range(0, len(keys), 256):  # others may write in between
             with self._writing() as txn:
-                deleted += sum(self._rows.drop(txn, key) for key in keys[begin : begin + 256])
+                for key in keys[begin : begin + 256]:
+                    if keep is not None or not self._rows.is_owned(txn, key):
+                        deleted += self._rows.drop(txn, key)
         return deleted
 
     # Whether they are whole.
@@ -565,7 +601,20 @@ class StateStore:
             with self._lock:
                 if self._pid != os.getpid():
                     self._backend, self._pid = self._reopen(), os.getpid()
+        if not self._its.number and not self._is_looking:
+            self._look_for_namespace(self._backend)
         return self._backend
+
+    def _look_for_namespace(self, backend: Backend) -> None:
+        """A reader may have come before the namespace."""
+        self._is_looking = True
+        try:
+            with backend.reading() as txn:
+                its = namespace_in(txn, self.namespace)
+            if its.number:
+                self._bind(its)
+        finally:
+            self._is_looking = False
 
     def _require_writable(self) -> None:
         self._live  # noqa: B018 - a closed store is an error
@@ -594,8 +643,7 @@ class StateStore:
                 put_namespace(txn, self.namespace, its)
 
     def _make_room(self, new: Sequence[StateRows], attempt: int) -> None:
-        with self._lock:
-            held = {*self._pins, *(rows.record.key for rows in new)}
+        held = {*self._live.pins, *(self._rows.prefix + rows.record.key for rows in new)}
         self.flush_uses()  # they decide who has to go
         make_room(
             self._live,
@@ -607,15 +655,6 @@ class StateStore:
             attempt=attempt,
             wait_s=self._write_wait_s,
         )
-
-    def _pin(self, keys: Collection[StateKey], more: int) -> None:
-        with self._lock:
-            for key in keys:
-                count = self._pins.get(key, 0) + more
-                if count:
-                    self._pins[key] = count
-                else:
-                    self._pins.pop(key, None)
 
 
 class StoreReader:
@@ -659,8 +698,16 @@ def _folder(path: str | os.PathLike[str], *, read_only: bool) -> Path:
 
 
 def _open_again(
-    path: str, namespace: str, write_wait_s: float | None, read_only: bool
+    path: str,
+    namespace: str,
+    durability: Durability,
+    write_wait_s: float | None,
+    read_only: bool,
 ) -> StateStore:
     return StateStore.open(
-        path, namespace=namespace, write_wait_s=write_wait_s, read_only=read_only
+        path,
+        namespace=namespace,
+        durability=durability,
+        write_wait_s=write_wait_s,
+        read_only=read_only,
     )

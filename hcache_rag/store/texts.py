@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import islice
 
 import numpy as np
 
-from hcache_rag.state import StateKey, StateRecord
+from hcache_rag.state import StateRecord
 from hcache_rag.store.backend import Transaction
+from hcache_rag.store.rows import NamespaceRows
 from hcache_rag.store.tables import (
     Counters,
     anchor_of,
@@ -30,8 +31,6 @@ from hcache_rag.store.tables import (
 )
 from hcache_rag.texts import AnchorSet, TextSet, TextView
 
-ReadRecord = Callable[[Transaction, StateKey], StateRecord | None]
-
 MAX_ALIKE = 1024
 """Texts with the same first 480 bytes of which all are compared."""
 
@@ -41,9 +40,9 @@ _AFTER_ALL_KEYS = b"\xff" * 17
 class StoredTexts:
     """What is known of the anchors of a namespace. Thread-safe."""
 
-    def __init__(self, prefix: bytes, read_record: ReadRecord) -> None:
-        self._prefix = prefix
-        self._read_record = read_record
+    def __init__(self, rows: NamespaceRows) -> None:
+        self._rows = rows
+        self._prefix = rows.prefix
         self._anchors = AnchorSet()
         self._short: set[str] = set()
         self._decrypted = TextSet()
@@ -55,17 +54,13 @@ class StoredTexts:
         """The texts that a transaction sees."""
         with self._lock:
             self._catch_up(txn)
-            if len(self._decrypted):  # the table is of no use there
-                with self._decrypted.looking() as view:
-                    yield view
-                return
-            yield _View(txn, self._prefix, self._anchors, self._short, self._read_record)
+            if self._rows.cipher is not None:  # the table's order is of no use there
+                yield _DecryptedView(txn, self._rows, self._decrypted)
+            else:
+                yield _View(txn, self._rows, self._anchors, self._short)
 
     def _catch_up(self, txn: Transaction) -> None:
         counters: Counters = small_from_bytes(Counters, txn.get("totals", self._prefix))
-        if counters.sequence < self._next:  # the namespace was deleted and made anew
-            self._anchors, self._short, self._next = AnchorSet(), set(), 0
-            self._decrypted = TextSet()
         if counters.sequence == self._next:
             return
         start = sequence_key(self._prefix, self._next)
@@ -80,7 +75,7 @@ class StoredTexts:
                 self._short.add(anchor)
         if anchors:
             self._anchors.add(np.array(anchors, np.uint64))
-        records = (self._read_record(txn, key) for key in keys)
+        records = (self._rows.record(txn, key) for key in keys)
         self._decrypted.add([record.text for record in records if record is not None])
         self._next = counters.sequence
 
@@ -89,18 +84,13 @@ class _View:
     """See `hcache_rag.texts.TextView`."""
 
     def __init__(
-        self,
-        txn: Transaction,
-        prefix: bytes,
-        anchors: AnchorSet,
-        short: set[str],
-        read_record: ReadRecord,
+        self, txn: Transaction, rows: NamespaceRows, anchors: AnchorSet, short: set[str]
     ) -> None:
         self._txn = txn
-        self._prefix = prefix
+        self._rows = rows
+        self._prefix = rows.prefix
         self._anchors = anchors
         self._short = short
-        self._read_record = read_record
 
     @property
     def anchors(self) -> AnchorSet:
@@ -108,12 +98,7 @@ class _View:
 
     @property
     def short(self) -> Collection[str]:
-        return [text for text in self._short if self._is_stored(text)]
-
-    def _is_stored(self, text: str) -> bool:
-        first = text_key(self._prefix, text_part(text)[0])
-        row = self._txn.at_or_after("texts", first)
-        return row is not None and row[0].startswith(first)
+        return [text for text in self._short if _is_stored(self._txn, self._rows, text)]
 
     def around(self, tail: str) -> tuple[str | None, str | None]:
         part, is_whole = text_part(tail)
@@ -123,9 +108,7 @@ class _View:
             return self._text(self._txn.before("texts", after)), self._text(
                 self._txn.at_or_after("texts", after)
             )
-        alike = sorted(
-            {r.text for r in records_alike(self._txn, self._prefix, part, self._read_record)}
-        )
+        alike = sorted({record.text for record in records_alike(self._txn, self._rows, part)})
         place = bisect_right(alike, tail)
         below = alike[place - 1] if place else self._text(self._txn.before("texts", first))
         if place < len(alike):
@@ -138,16 +121,46 @@ class _View:
         part, key = split_text_key(self._prefix, row[0])
         if not row[1]:
             return text_of(part)
-        record = self._read_record(self._txn, key)
+        record = self._rows.record(self._txn, key)
         return record.text if record is not None else None
 
 
-def records_alike(
-    txn: Transaction, prefix: bytes, part: bytes, read_record: ReadRecord
-) -> Iterator[StateRecord]:
+class _DecryptedView:
+    """See `hcache_rag.texts.TextView`. Texts that are gone are forgotten when they are met."""
+
+    def __init__(self, txn: Transaction, rows: NamespaceRows, known: TextSet) -> None:
+        self._txn = txn
+        self._rows = rows
+        self._known = known
+
+    @property
+    def anchors(self) -> AnchorSet:
+        return self._known.anchors
+
+    @property
+    def short(self) -> Collection[str]:
+        return [text for text in self._known.short if _is_stored(self._txn, self._rows, text)]
+
+    def around(self, tail: str) -> tuple[str | None, str | None]:
+        while True:
+            found = self._known.around(tail)
+            gone = [t for t in found if t is not None and not _is_stored(self._txn, self._rows, t)]
+            if not gone:
+                return found
+            for text in gone:
+                self._known.discard(text)
+
+
+def _is_stored(txn: Transaction, rows: NamespaceRows, text: str) -> bool:
+    first = text_key(rows.prefix, rows.text_part(text)[0])
+    row = txn.key_at_or_after("texts", first)
+    return row is not None and row.startswith(first)
+
+
+def records_alike(txn: Transaction, rows: NamespaceRows, part: bytes) -> Iterator[StateRecord]:
     """The states of all texts that begin with `part`, or are it where it is a whole text."""
-    rows = txn.scan("texts", text_key(prefix, part))
-    for row_key, _ in islice(rows, MAX_ALIKE):
-        record = read_record(txn, split_text_key(prefix, row_key)[1])
+    found = txn.scan("texts", text_key(rows.prefix, part))
+    for row_key, _ in islice(found, MAX_ALIKE):
+        record = rows.record(txn, split_text_key(rows.prefix, row_key)[1])
         if record is not None:
             yield record
