@@ -646,7 +646,7 @@ def test_precompute_can_warn_or_raise(
         def full(*_: Any, **__: Any) -> int:
             raise StoreFullError("no room")
 
-        monkeypatch.setattr(StateStore, "put", full)
+        monkeypatch.setattr(StateStore, "put_all", full)
     nodes = [TextNode(text=text) for text in TEXTS]
     with pytest.raises(StoreError):
         raising(nodes)
