@@ -68,24 +68,35 @@ class LmdbTransaction:
             cursor = self._txn.cursor(db=self._databases[table])
             if not (cursor.set_range(begin) if begin else cursor.first()):
                 return
-            for key, value in cursor.iternext():
-                if not bytes(key).startswith(prefix):
+            last = b""
+            for view, value in cursor.iternext():
+                key = bytes(view)
+                if not key.startswith(prefix):
                     return
-                yield bytes(key), bytes(value)
+                if key <= last:
+                    raise self._fail("reading", lmdb.CorruptedError("keys are not in order"))
+                last = key
+                yield key, bytes(value)
         except lmdb.Error as error:
             raise self._fail("reading", error) from error
 
     def key_at_or_after(self, table: Table, key: bytes) -> bytes | None:
         try:
             cursor = self._txn.cursor(db=self._databases[table])
-            return bytes(cursor.key()) if cursor.set_range(key) else None
+            found = bytes(cursor.key()) if cursor.set_range(key) else None
+            if found is not None and found < key:
+                raise lmdb.CorruptedError("keys are not in order")
+            return found
         except lmdb.Error as error:
             raise self._fail("reading", error) from error
 
     def at_or_after(self, table: Table, key: bytes) -> tuple[bytes, bytes] | None:
         try:
             cursor = self._txn.cursor(db=self._databases[table])
-            return _row(cursor) if cursor.set_range(key) else None
+            found = _row(cursor) if cursor.set_range(key) else None
+            if found is not None and found[0] < key:
+                raise lmdb.CorruptedError("keys are not in order")
+            return found
         except lmdb.Error as error:
             raise self._fail("reading", error) from error
 

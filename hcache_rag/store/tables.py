@@ -98,8 +98,12 @@ def split_text_key(prefix: bytes, key: bytes) -> tuple[bytes, StateKey]:
 
 
 def text_of(part: bytes) -> str:
-    """The text of a part that is a whole text."""
-    return part.replace(b"\0\xff", b"\0").decode("utf-8", "surrogatepass")
+    """The text of a part that is a whole text; some other text where it is damaged."""
+    encoded = part.replace(b"\0\xff", b"\0")
+    try:
+        return encoded.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        return encoded.decode("utf-8", "replace")
 
 
 def digest16(name: bytes) -> bytes:

@@ -160,7 +160,7 @@ def _strays(txn: Transaction, rows: NamespaceRows) -> list[bytes]:
             break
         state = row[: len(rows.prefix) + KEY_BYTES]
         if txn.get("records", state) is not None:
-            row_key = state + b"\xff" * 7  # behind the state's last value
+            row_key = max(row + b"\0", state + b"\xff" * 7)  # behind the state's last value
             continue
         found.append(row)
         row_key = row + b"\0"
