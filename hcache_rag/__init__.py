@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hcache_rag.engine import HCacheEngine
     from hcache_rag.errors import (
         DamagedStateError,
+        DamagedStoreError,
         HCacheError,
         MissingStateError,
         ModelError,
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DamagedStateError",
+    "DamagedStoreError",
     "Generation",
     "GenerationOptions",
     "GenerationStream",

@@ -46,7 +46,7 @@ from hcache_rag.profile import HardwareProfile
 from hcache_rag.prompt import Tokenization, Tokenizer
 from hcache_rag.provenance import Generation, Provenance
 from hcache_rag.repair import begin_repair, repair_share
-from hcache_rag.state import StateRecord, TokenIds, root_key
+from hcache_rag.state import StateKey, StateRecord, TokenIds, root_key
 from hcache_rag.store import StateStore
 from hcache_rag.streaming import GenerationStream
 
@@ -436,7 +436,7 @@ class HCacheEngine:
         self.store.count_use(damaged=1)
         if not self.store.read_only:
             try:
-                self.store.delete(error.key)
+                self.store.delete(error.key, unless_changed=self._used(pieces, error.key))
             except StoreError as failure:
                 logger.warning("it could not be dropped: %s", failure)
         return [
@@ -445,6 +445,11 @@ class HCacheEngine:
             else p
             for p in pieces
         ]
+
+    def _used(self, pieces: Sequence[ResolvedPiece], key: StateKey) -> StateRecord | None:
+        """The record that was restored from: another one by now may be whole."""
+        records = (piece.record for piece in pieces if piece.record is not None)
+        return next((record for record in records if record.key == key), None)
 
     def _warn_if_foreign(self) -> None:
         num_foreign = self._catalogue.num_foreign()

@@ -9,6 +9,7 @@
     ├── SourceError                  a folder of documents that cannot be indexed
     ├── StoreError
     │   ├── StoreOpenError           the path cannot hold, or does not hold, a state store
+    │   │   └── DamagedStoreError    its file is damaged: LMDB could not read it safely
     │   ├── StoreBusyError           somebody else writes, and one was not to wait
     │   └── StoreFullError           the file or the disk has no room for another state
     └── StateError                   one stored state cannot be used; never reaches a question:
@@ -19,6 +20,9 @@ Bad arguments raise `ValueError` or `TypeError` at once, with the numbers that d
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
 
 
 class HCacheError(Exception):
@@ -70,6 +74,26 @@ class StoreError(HCacheError):
 
 class StoreOpenError(StoreError):
     """The path cannot hold, or does not hold, a state store."""
+
+
+class DamagedStoreError(StoreOpenError):
+    """The store's file is damaged where LMDB keeps its own numbers, or is no store's file at all.
+
+    Args:
+        path: the store's folder.
+        problems: what is wrong.
+    """
+
+    def __init__(self, path: Path, problems: Sequence[str]) -> None:
+        self.path = path
+        self.problems = tuple(problems)
+        super().__init__(
+            f"{path} is not a state store, or is damaged: {problems[0]}; `hcache-rag verify "
+            f"--repair` or StateStore.salvage saves what is whole"
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[Path, tuple[str, ...]]]:
+        return type(self), (self.path, self.problems)
 
 
 class StoreBusyError(StoreError):

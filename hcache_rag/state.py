@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +42,18 @@ def child_key(parent: StateKey, token_ids: TokenIds) -> StateKey:
     digest = hashlib.blake2b(parent, digest_size=KEY_BYTES)
     digest.update(token_ids.tobytes())
     return digest.digest()
+
+
+def read_json(data: bytes) -> Any:
+    """What some JSON says.
+
+    Raises:
+        ValueError: it is none, or goes too deep.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("JSON that goes too deep") from error
 
 
 def _record_checksum(key: StateKey, data: bytes) -> bytes:
@@ -100,7 +114,7 @@ class StateRecord:
         if _record_checksum(key, data) != checksum:
             raise ValueError("the record fails its checksum")
         head_bytes, _, ids_bytes = data.partition(b"\n")
-        head = json.loads(head_bytes)
+        head = read_json(head_bytes)
         if not isinstance(head, dict) or head.get("version") != FORMAT_VERSION:
             raise ValueError("not a record of format version 1")
         try:
@@ -114,10 +128,12 @@ class StateRecord:
                 created_s=float(head["created_s"]),
                 is_preamble=bool(head["is_preamble"]),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"a record lacks or mistypes a field: {error!r}") from error
         if not isinstance(record.text, str) or len(record.root) != KEY_BYTES:
             raise ValueError("a record's text or root is not one")
+        if not math.isfinite(record.created_s):
+            raise ValueError("a record's time is none")
         if child_key(record.parent, record.token_ids) != key:
             raise ValueError("the key is not that of the parent and token ids")
         return record

@@ -22,16 +22,16 @@ from hcache_rag.layout import LayerFormat, Representation, StateLayout
 from hcache_rag.state import StateKey, StateRecord, child_key, root_key, token_array
 from hcache_rag.store import NewState, StateStore
 from hcache_rag.store.backend import Transaction
-from hcache_rag.store.states import FLUSH_TOUCHES
 from hcache_rag.store.tables import Counters, Totals
+from hcache_rag.store.uses import AT_ONCE
 from hcache_rag.texts import find_texts
 
 LAYERS, CHUNKS = 3, 2
 ROOT, OTHER_ROOT = root_key("model", "tokenizer"), root_key("other model", "tokenizer")
 LAYOUT = StateLayout((LayerFormat(Representation.KV, "float32"),) * LAYERS)
 
-LIMIT = 1 << 21
-STATE_BYTES = 52_000
+LIMIT = 1 << 22
+STATE_BYTES = 102_000
 """Not less than one state of `values()` takes: some forty of them fill `LIMIT`."""
 
 Value = tuple[int, int, bytes]
@@ -51,7 +51,7 @@ def a_record(
     return StateRecord(child_key(parent, ids), parent, root, ids, words, LAYOUT, 1.5, is_preamble)
 
 
-def values(fill: int = 0, size: int = 5000) -> list[Value]:
+def values(fill: int = 0, size: int = 13_000) -> list[Value]:
     """A value for every chunk of every layer, each with bytes of its own."""
     return [
         (layer, chunk, bytes([fill % 256, layer, chunk]) * (size // 3))
@@ -621,8 +621,10 @@ class StoreConformance(ABC):
         put(store, 1, 2)
         used, unused = a_record(1).key, a_record(2).key
         before = dict(store.entries())
-        for times in (1, 2, 3):
+        for times in (1, 4, 7):
             store.count_use([used])
+            if times > 1:
+                store.count_use([used, used])
             store.flush_uses()
             entry = store.entry(used)
             assert entry is not None
@@ -659,8 +661,8 @@ class StoreConformance(ABC):
     def test_many_uses_are_written_down_by_themselves(self, store: StateStore) -> None:
         """Nobody has to flush."""
         put(store, 1)
-        store.count_use([a_record(number).key for number in range(1, FLUSH_TOUCHES + 1)])
-        assert store.counters().hits == FLUSH_TOUCHES
+        store.count_use([a_record(number).key for number in range(1, AT_ONCE + 1)])
+        assert store.counters().hits == AT_ONCE
         entry = store.entry(a_record(1).key)
         assert entry is not None
         assert entry.hits == 1
@@ -832,6 +834,20 @@ class StoreConformance(ABC):
             stored_again = keys([2])
         with self.open_store("other") as again:
             assert held(again) == stored_again
+
+    def test_a_namespace_that_was_made_anew_is_seen_by_who_had_the_old_one_open(
+        self, store: StateStore, other: StateStore
+    ) -> None:
+        """What another puts into it is found, as in any namespace that both have open."""
+
+        put(other, 1)
+        store.delete_namespace("other")
+        with self.open_store("other") as again:
+            put(again, 2)
+            assert held(other) == keys([2])
+            assert texts_in(other, a_record(2).text) == [a_record(2).text]
+            assert other.delete(a_record(2).key)
+            assert held(again) == []
 
     # Limits.
 
@@ -1024,9 +1040,9 @@ class StoreConformance(ABC):
         ):
             for number in range(20):
                 other.put(a_record(number), values(number), saved_s=0.001)
-            for number in range(30):
+            for number in range(25):
                 store.put(a_record(number), values(number), saved_s=1.0)
-            assert held(store) == keys(range(30))
+            assert held(store) == keys(range(25))
             assert 0 < len(held(other)) < 20
             assert store.counters().evictions == 0
             assert other.counters().evictions == 20 - len(held(other))
@@ -1062,6 +1078,34 @@ class StoreConformance(ABC):
             put(store, *range(60, 65))
             assert store.used_bytes() <= LIMIT
             assert set(keys(range(60, 65))) <= set(held(store))
+            check_sums(store)
+
+    @pytest.mark.parametrize("count", [45, 60, 70])
+    @pytest.mark.parametrize(
+        "action",
+        [
+            lambda store: put(store, 100),
+            lambda store: store.gc(),
+            lambda store: store.delete_owner("owner"),
+            lambda store: store.delete_namespace("default"),
+            lambda store: store.delete(a_record(0).key),
+            lambda store: (store.count_use(keys([1])), store.flush_uses()),
+        ],
+        ids=["put", "gc", "delete-owner", "delete-namespace", "delete", "use"],
+    )
+    def test_a_store_above_its_new_limit_can_be_written(
+        self, count: int, action: Callable[[StateStore], object]
+    ) -> None:
+        """Whatever is done first: deleting needs some room too."""
+
+        with self.open_store(max_bytes=2 * LIMIT) as store:
+            put(store, *range(0, count, 2))
+            put(store, *range(1, count, 2), owners=["owner"])
+        with self.open_store(max_bytes=LIMIT) as store:
+            action(store)
+            put(store, 101)
+            assert store.used_bytes() <= LIMIT
+            assert a_record(101).key in store
             check_sums(store)
 
     # What is refused.

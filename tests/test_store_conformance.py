@@ -36,13 +36,17 @@ from store_conformance import (
 
 from hcache_rag.errors import StoreFullError
 from hcache_rag.state import StateRecord
-from hcache_rag.store import NewState, StateStore
+from hcache_rag.store import NewState, StateStore, states
 from hcache_rag.store.backend import Durability
 from hcache_rag.store.eviction import priority, victims
-from hcache_rag.store.memory import MemoryBackend
-from hcache_rag.store.states import MIN_BYTES
 
-MACHINE_LIMIT = 1 << 21
+MACHINE_LIMIT = 1 << 22
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody who reads here is about to end."""
+    monkeypatch.setattr(states, "PAUSE_S", 0.0)
 
 
 # --- the contract -------------------------------------------------------------------------------
@@ -101,16 +105,14 @@ class TestInMemory(StoreConformance):
         max_bytes: int | None = None,
         namespace_max_bytes: int | None = None,
     ) -> StateStore:
-        for name, limit in [("max_bytes", max_bytes), ("namespace_max_bytes", namespace_max_bytes)]:
-            if limit is not None and not (isinstance(limit, int) and limit >= MIN_BYTES):
-                pytest.skip(f"a store in memory takes no {name}, so it cannot be a wrong one")
-        if not 0 < len(namespace.encode()) <= 256:
-            pytest.skip("only `StateStore.open` looks at the name")
-        self.first = self.first or StateStore.in_memory(namespace=namespace)
-        store = StateStore.in_memory(namespace=namespace, beside=self.first)
-        # Limits are for stores on disk. Here they are set on both, to run the same tests.
-        store._set_limits(max_bytes, namespace_max_bytes)
-        return store
+        if self.first is None:
+            self.first = StateStore.in_memory(namespace=namespace)
+        return StateStore.in_memory(
+            namespace=namespace,
+            max_bytes=max_bytes,
+            namespace_max_bytes=namespace_max_bytes,
+            beside=self.first,
+        )
 
 
 @pytest.mark.parametrize("durability", ["fsync", "fast"])
@@ -357,11 +359,9 @@ class MachineInMemory(StoreMachine):
 
     def open_all(self) -> None:
         if not self.stores:
-            first = StateStore(MemoryBackend(), "default")
-            first._set_limits(self.limit, None)
-            self.stores["default"] = first
+            self.stores["default"] = StateStore.in_memory(max_bytes=self.limit)
         for name, beside in (("other", "default"), ("default", "other")):
-            if name not in self.stores or self.stores[name]._backend is None:
+            if name not in self.stores or not self.stores[name]._session.is_open:
                 self.stores[name] = StateStore.in_memory(namespace=name, beside=self.stores[beside])
 
 
@@ -374,7 +374,7 @@ class MachineOnDisk(StoreMachine):
 
     def open_all(self) -> None:
         for name in ("default", "other"):
-            if name not in self.stores or self.stores[name]._backend is None:
+            if name not in self.stores or not self.stores[name]._session.is_open:
                 self.stores[name] = StateStore.open(
                     self.folder / "store",
                     namespace=name,

@@ -24,6 +24,7 @@ from hcache_rag.cli.console import (
     say,
     size,
 )
+from hcache_rag.errors import DamagedStoreError
 
 if TYPE_CHECKING:
     from hcache_rag.store.verify import VerifyReport
@@ -77,18 +78,28 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Read and check everything that is stored; exit code 1 if something is damaged."""
-    from hcache_rag.llama_index.folder import open_states, read_again
+    from hcache_rag.llama_index.folder import open_states, read_again, salvage_states
 
-    with open_states(store, read_only=not repair) as states:
+    salvaged = None
+    try:
+        opened = open_states(store, read_only=not repair)
+    except DamagedStoreError:
+        if not repair:
+            raise
+        salvaged = salvage_states(store.expanduser())
+        say(err, "the file was damaged", "red", f": {salvaged.problems[0]}")
+        say(err, f"{salvaged.states:,} states were saved", "green", f"; it is in {salvaged.kept}")
+        opened = open_states(store, read_only=False)
+    with opened as states:
         with _checking_bar(not as_json) as on_progress:
             report = states.verify(on_progress)
         if repair and not report.is_whole:
             states.repair(report)
     texts = [d.text for d in report.damaged if d.text and not d.is_preamble]
     again = 0
-    if repair and report.damaged:
+    if repair and (report.damaged or salvaged is not None):
         with quiet_transformers():
-            again = read_again(store.expanduser(), texts)
+            again = read_again(store.expanduser(), texts if salvaged is None else None)
     if as_json:
         print_json(_as_json(report, again))
     else:

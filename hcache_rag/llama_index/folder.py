@@ -35,7 +35,7 @@ from hcache_rag.measure import find_profile, measure
 from hcache_rag.models import ModelAdapter
 from hcache_rag.profile import PROFILE_NAME, HardwareProfile
 from hcache_rag.sources import FolderContents
-from hcache_rag.store import StateStore
+from hcache_rag.store import Salvaged, StateStore
 
 logger = logging.getLogger("hcache_rag")
 
@@ -276,8 +276,19 @@ def open_states(persist_dir: str | os.PathLike[str], *, read_only: bool = True) 
     return StateStore.open(Path(persist_dir).expanduser() / STATES, read_only=read_only)
 
 
-def read_again(persist_dir: Path, texts: Sequence[str]) -> int:
-    """Store the states of some texts of an index, and of its preamble, anew; how many texts."""
+def salvage_states(persist_dir: Path) -> Salvaged:
+    """Save what is whole of a folder's states where they cannot be opened."""
+    return StateStore.salvage(persist_dir / STATES)
+
+
+def read_again(persist_dir: Path, texts: Sequence[str] | None = None) -> int:
+    """Store the missing states of some texts of an index, or of all, and of its preamble.
+
+    Returns:
+        How many texts were read.
+    """
+    if texts is None:
+        texts = [llm_text(node) for node in VectorIndex.load(persist_dir).nodes]
     llm = ModelChoice.of(persist_dir).load(persist_dir)
     try:
         return llm.engine.precompute(texts).stored

@@ -2,12 +2,14 @@
 
 from hcache_rag.store.backend import Durability
 from hcache_rag.store.rows import NewState
+from hcache_rag.store.salvage import Salvaged
 from hcache_rag.store.states import StateStore, StoredModel, StoreReader
 from hcache_rag.store.stats import StoreStats
 
 __all__ = [
     "Durability",
     "NewState",
+    "Salvaged",
     "StateStore",
     "StoreReader",
     "StoreStats",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hcache_rag.errors import StoreOpenError
-from hcache_rag.state import FORMAT_VERSION
+from hcache_rag.state import FORMAT_VERSION, read_json
 from hcache_rag.store.backend import Backend, Transaction
 from hcache_rag.store.tables import (
     Namespace,
@@ -16,6 +17,9 @@ from hcache_rag.store.tables import (
     small_from_bytes,
     small_to_bytes,
 )
+
+MAX_LIMIT_BYTES = 1 << 46
+"""No store may be larger: processors have no more addresses to map it to."""
 
 _STORE, _TAKEN = b"store", b"namespaces"
 
@@ -61,7 +65,7 @@ def _to_bytes(description: Description) -> bytes:
 
 def _from_bytes(path: Path, data: bytes | None) -> Description:
     try:
-        head = json.loads(data or b"{}")
+        head = read_json(data or b"{}")
         if not isinstance(head, dict):
             raise ValueError("its description is not one")
     except ValueError as error:
@@ -72,11 +76,15 @@ def _from_bytes(path: Path, data: bytes | None) -> Description:
             f"this release reads format {FORMAT_VERSION}"
         )
     max_bytes = head.get("max_bytes")
-    if not isinstance(head.get("id"), str) or not isinstance(max_bytes, int | None):
+    if not isinstance(head.get("id"), str) or not _is_limit(max_bytes):
         raise StoreOpenError(
             f"{path} is not a state store: it has no id, or no number as its limit"
         )
     return Description(head["id"], max_bytes)
+
+
+def _is_limit(value: object) -> bool:
+    return value is None or (type(value) is int and 0 < value <= MAX_LIMIT_BYTES)
 
 
 def namespace_in(txn: Transaction, name: str) -> Namespace:
@@ -100,10 +108,21 @@ def ensure_namespace(
     with backend.writing(wait_s) as txn:
         found = namespace_in(txn, name)
         if not found.number:
-            found = Namespace(1 + int(txn.get("meta", _TAKEN) or b"0"), key_check=key_check)
+            found = Namespace(1 + last_number(txn), key_check=key_check)
             txn.put("meta", _TAKEN, str(found.number).encode())
             put_namespace(txn, name, found)
     return found
+
+
+def last_number(txn: Transaction) -> int:
+    """The largest number that a namespace ever had; where that is damaged, that any row has."""
+    taken = txn.get("meta", _TAKEN) or b"0"
+    found = [int(taken)] if taken.isdigit() and len(taken) < 10 else [0]
+    last = txn.before("totals", b"\xff" * 20)  # each namespace has its counters there
+    if last is not None:
+        found.append(int.from_bytes(last[0][:4], "big"))
+    found += [int.from_bytes(prefix, "big") for prefix in namespaces_in(txn).values()]
+    return max(found)
 
 
 def put_namespace(txn: Transaction, name: str, namespace: Namespace) -> None:
@@ -113,7 +132,10 @@ def put_namespace(txn: Transaction, name: str, namespace: Namespace) -> None:
 
 def namespaces_in(txn: Transaction) -> dict[str, bytes]:
     """All namespaces by name, and what their keys begin with."""
-    return {
-        key.decode(): namespace_prefix(small_from_bytes(Namespace, value).number)
-        for key, value in txn.scan("namespaces")
-    }
+    found = {}
+    for key, value in txn.scan("namespaces"):
+        number = small_from_bytes(Namespace, value).number
+        with suppress(UnicodeDecodeError):
+            if number:
+                found[key.decode()] = namespace_prefix(number)
+    return found

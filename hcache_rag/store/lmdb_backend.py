@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import lmdb
 
-from hcache_rag.errors import StoreBusyError, StoreError, StoreFullError, StoreOpenError
+from hcache_rag.errors import (
+    DamagedStoreError,
+    StoreBusyError,
+    StoreError,
+    StoreFullError,
+    StoreOpenError,
+)
+from hcache_rag.store import pages
 from hcache_rag.store.backend import TABLES, Durability, Pins, Table
+from hcache_rag.store.turns import Turns
 
-try:
-    import fcntl
-except ImportError:  # pragma: no cover - Windows: LMDB's own lock is all there is
-    fcntl = None  # type: ignore[assignment]
+logger = logging.getLogger("hcache_rag")
 
 MAP_BYTES = 1 << 40
 """Address space that is asked for. The file itself grows with what is stored."""
@@ -26,7 +31,12 @@ MAP_BYTES = 1 << 40
 MIN_MAP_BYTES = 1 << 26
 """Where the system gives less: so much at least, and twice as much whenever it is full."""
 
-WRITER_LOCK = "writer.lock"
+RESERVE_BYTES = 1 << 22
+"""So much room is left to a store that is filled beyond its limit: nothing can be deleted in none.
+"""
+
+OPEN_WAIT_S = 60.0
+"""How long opening waits for a writer before the file can be checked, or made."""
 
 
 class LmdbTransaction:
@@ -124,13 +134,6 @@ class LmdbTransaction:
             raise self._fail("reading", error) from error
 
 
-def _lock_descriptor(folder: Path) -> int:
-    try:
-        return os.open(folder / WRITER_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StoreOpenError(f"{folder} cannot be locked: {error.strerror}") from error
-
-
 def _row(cursor: Any) -> tuple[bytes, bytes]:
     return bytes(cursor.key()), bytes(cursor.value())
 
@@ -152,20 +155,53 @@ class LmdbBackend:
         self.pid = os.getpid()
         self._users = 1
         self._gate = _Gate()
-        self._writer = threading.Lock()
         self._max_bytes: int | None = None
-        self._env = self._open_environment()
-        self._lock_descriptor = -1 if read_only or fcntl is None else _lock_descriptor(folder)
-        self._stat = os.stat(folder / "data.mdb")
+        self._turns = Turns(folder, read_only=read_only)
         try:
-            self._mend_length()
-            self._databases = self._open_databases()
+            if read_only and self._turns.is_noted():
+                self._env, self._databases = self._opened()
+            else:
+                with self._turns.taken(OPEN_WAIT_S):
+                    if not self._turns.is_noted():
+                        self._check_pages()
+                    self._env, self._databases = self._opened()
+                    if not self._turns.is_noted():
+                        self._turns.note(is_synced=False)
         except BaseException:
-            self._close_files()
+            self._turns.close()
+            raise
+        self._stat = os.stat(self._data)
+
+    @property
+    def _data(self) -> Path:
+        return self.path / "data.mdb"
+
+    def _check_pages(self) -> None:
+        """Something else than a writer has changed the file: LMDB must not be given any file.
+
+        Raises:
+            DamagedStoreError: it has pages that LMDB cannot be trusted with.
+        """
+        logger.info("%s is checked, since it was changed by something else", self.path)
+        try:
+            found = pages.problems(self._data)
+        except OSError as error:
+            raise StoreOpenError(f"{self.path} cannot be read: {error.strerror}") from error
+        if found:
+            raise DamagedStoreError(self.path, found)
+
+    def _opened(self) -> tuple[Any, dict[Table, Any]]:
+        env = self._open_environment()
+        try:
+            self._mend_length(env)
+            return env, self._open_databases(env)
+        except BaseException:
+            env.close()
             raise
 
     def _open_environment(self) -> Any:
         map_bytes = MAP_BYTES
+        self._is_cramped = False
         while True:
             try:
                 return lmdb.open(
@@ -185,23 +221,21 @@ class LmdbBackend:
                 )
             except lmdb.MemoryError as error:
                 map_bytes //= 4
+                self._is_cramped = True
                 if map_bytes < MIN_MAP_BYTES:
                     raise StoreOpenError(f"{self.path} cannot be mapped: {error}") from error
             except (lmdb.Error, OSError) as error:
                 raise StoreOpenError(f"{self.path} is not a state store: {error}") from error
 
-    def _mend_length(self) -> None:
-        """Reading a page beyond the file's end is a SIGBUS; reading zeros is an error."""
-        needed = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
-        if os.stat(self.path / "data.mdb").st_size >= needed:
-            return
-        if self.is_read_only:
-            raise StoreOpenError(f"{self.path} is not whole: its end is missing")
-        os.truncate(self.path / "data.mdb", needed)
+    def _mend_length(self, env: Any) -> None:
+        """Free pages may be missing at the end: using one would be a SIGBUS."""
+        needed = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+        if not self.is_read_only and os.stat(self._data).st_size < needed:
+            os.truncate(self._data, needed)
 
-    def _open_databases(self) -> dict[Table, Any]:
+    def _open_databases(self, env: Any) -> dict[Table, Any]:
         try:
-            with self._env.begin() as txn:
+            with env.begin() as txn:
                 names = {bytes(key).decode(errors="replace") for key, _ in txn.cursor()}
             if names and names - set(TABLES):
                 raise StoreOpenError(f"{self.path} is not a state store: it holds other data")
@@ -210,9 +244,34 @@ class LmdbBackend:
                     f"{self.path} was written before there was a release; delete it and index again"
                 )
             create = not self.is_read_only
-            return {t: self._env.open_db(t.encode(), create=create) for t in TABLES}
+            return {t: env.open_db(t.encode(), create=create) for t in TABLES}
         except lmdb.Error as error:
             raise StoreOpenError(f"{self.path} is not a state store: {error}") from error
+
+    @staticmethod
+    def folder(path: str | os.PathLike[str], *, read_only: bool) -> Path:
+        """The folder at a path, made if it is missing and may be.
+
+        Raises:
+            StoreOpenError: it cannot be one.
+        """
+        folder = Path(path).expanduser().absolute()
+        try:
+            folder = folder.resolve()
+            if folder.exists() and not folder.is_dir():
+                raise StoreOpenError(f"{folder} is a file; a state store is a folder")
+            if read_only and not (folder / "data.mdb").is_file():
+                raise StoreOpenError(f"{folder} holds no state store")
+        except OSError as error:
+            raise StoreOpenError(f"cannot look into {folder}: {error.strerror}") from error
+        if not read_only:
+            try:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise StoreOpenError(f"cannot create {folder}: {error.strerror}") from error
+            if not os.access(folder, os.W_OK):
+                raise StoreOpenError(f"{folder} is not writable")
+        return folder
 
     @classmethod
     def acquire(cls, folder: Path, *, read_only: bool, durability: Durability) -> LmdbBackend:
@@ -242,7 +301,7 @@ class LmdbBackend:
     def _is_on_disk(self) -> bool:
         """Whether the open environment is still the file that the path names."""
         try:
-            return os.path.samestat(self._stat, os.stat(self.path / "data.mdb"))
+            return os.path.samestat(self._stat, os.stat(self._data))
         except OSError:
             return False
 
@@ -260,13 +319,11 @@ class LmdbBackend:
         try:
             if not self.is_read_only:
                 self._env.sync(True)
+                with suppress(StoreBusyError), self._turns.taken(0.0):
+                    self._turns.note(is_synced=True)
         finally:
-            self._close_files()
-
-    def _close_files(self) -> None:
-        self._env.close()
-        if self._lock_descriptor >= 0:
-            os.close(self._lock_descriptor)
+            self._env.close()
+            self._turns.close()
 
     @contextmanager
     def reading(self) -> Iterator[LmdbTransaction]:
@@ -278,7 +335,7 @@ class LmdbBackend:
 
     @contextmanager
     def writing(self, wait_s: float | None = None) -> Iterator[LmdbTransaction]:
-        with self._turn(wait_s), self._transaction(write=True) as txn:
+        with self._turns.taken(wait_s), self._transaction(write=True) as txn:
             try:
                 yield LmdbTransaction(txn, self._databases, self._error)
             except BaseException:
@@ -290,6 +347,7 @@ class LmdbBackend:
                     self._env.sync(True)
             except lmdb.Error as error:
                 raise self._error("writing to", error) from error
+            self._turns.note(is_synced=self.durability == "fsync")
 
     @contextmanager
     def _transaction(self, *, write: bool) -> Iterator[Any]:
@@ -316,63 +374,47 @@ class LmdbBackend:
         except lmdb.Error as error:
             raise self._error("writing to" if write else "reading", error) from error
 
-    @contextmanager
-    def _turn(self, wait_s: float | None) -> Iterator[None]:
-        """Be the only writer, of all threads and processes."""
-        deadline = None if wait_s is None else time.monotonic() + wait_s
-        if not self._writer.acquire(timeout=-1 if wait_s is None else wait_s):
-            raise StoreBusyError(f"another thread still writes to {self.path} after {wait_s} s")
-        try:
-            self._lock_file(deadline, wait_s)
-            try:
-                yield
-            finally:
-                if fcntl is not None:
-                    fcntl.lockf(self._lock_descriptor, fcntl.LOCK_UN)
-        finally:
-            self._writer.release()
-
-    def _lock_file(self, deadline: float | None, wait_s: float | None) -> None:
-        """LMDB has a lock of its own, but one that waits for ever."""
-        if fcntl is None:
-            return
-        pause_s = 0.001
-        while True:
-            try:
-                mode = fcntl.LOCK_EX if deadline is None else fcntl.LOCK_EX | fcntl.LOCK_NB
-                fcntl.lockf(self._lock_descriptor, mode)
-                return
-            except BlockingIOError as error:
-                if deadline is None or time.monotonic() >= deadline:
-                    raise StoreBusyError(
-                        f"another process still writes to {self.path} after {wait_s} s"
-                    ) from error
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, 0.05)
-            except OSError as error:
-                raise StoreError(f"{self.path} cannot be locked: {error.strerror}") from error
-
     def limit(self, max_bytes: int | None) -> None:
         self._max_bytes = max_bytes
         if max_bytes is None or self.is_read_only:
             return
-        page = self._env.stat()["psize"]
-        self._gate.alone(lambda: self._env.set_mapsize(max_bytes // page * page))
+        before = self._env.info()["map_size"]
+        if self._is_cramped and max_bytes > before:
+            return  # `grow` tries it when it is needed
+        with self.reading() as txn:
+            is_over = txn.used_bytes() > max_bytes - RESERVE_BYTES // 4
+        filled = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        wanted = max(max_bytes, filled + RESERVE_BYTES) if is_over else max_bytes
+        self._gate.alone(lambda: self._map(wanted, before))
 
     def grow(self) -> bool:
         """Double the map, where it is full and nothing limits it."""
-        if self._max_bytes is not None or self.is_read_only:
+        largest = MAP_BYTES if self._max_bytes is None else self._max_bytes
+        before = self._env.info()["map_size"]
+        if self.is_read_only or before >= largest:
             return False
-        map_bytes = 2 * self._env.info()["map_size"]
-        return map_bytes <= MAP_BYTES and self._gate.alone(lambda: self._env.set_mapsize(map_bytes))
+        try:
+            return self._gate.alone(lambda: self._map(min(2 * before, largest), before))
+        except StoreError:
+            return False
+
+    def _map(self, num_bytes: int, before: int) -> None:
+        """Let the file grow to so many bytes, or to as many as before."""
+        page = self._env.stat()["psize"]
+        try:
+            self._env.set_mapsize(num_bytes // page * page)
+        except (lmdb.Error, OverflowError) as error:
+            self._env.set_mapsize(before)
+            raise StoreError(f"{self.path} cannot have {num_bytes:,} bytes: {error}") from error
 
     def file_bytes(self) -> int:
-        return os.stat(self.path / "data.mdb").st_blocks * 512
+        return os.stat(self._data).st_blocks * 512
 
     def sync(self) -> None:
         if not self.is_read_only:
-            with self._gate.inside():
+            with self._turns.taken(None), self._gate.inside():
                 self._env.sync(True)
+                self._turns.note(is_synced=True)
 
     def _error(self, doing: str, error: lmdb.Error) -> StoreError:
         if isinstance(error, lmdb.MapFullError):

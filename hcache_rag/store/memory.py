@@ -122,7 +122,8 @@ class MemoryBackend:
         try:
             txn = MemoryTransaction(self._tables, is_writing=True)
             yield txn
-            if self._max_bytes is not None and txn.used_bytes() > self._max_bytes:
+            used = txn.used_bytes()
+            if self._max_bytes is not None and used > max(self._max_bytes, self.file_bytes()):
                 raise StoreFullError(f"more than {self._max_bytes:,} bytes")
             self._tables = txn.tables
         finally:

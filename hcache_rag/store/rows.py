@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from hcache_rag.errors import DamagedStateError, StoreError
@@ -255,6 +255,22 @@ class NamespaceRows:
         """Replace them."""
         txn.put("totals", self.prefix, small_to_bytes(counters))
 
+    def is_listed(self, txn: Transaction, key: StateKey, entry: Entry) -> bool:
+        """Whether a state that is no preamble is found where texts are looked for."""
+        texts = txn.view("texts", text_key(self.prefix, entry.text, key))
+        return texts is not None and (
+            txn.view("anchors", sequence_key(self.prefix, entry.sequence)) is not None
+        )
+
+    def keep_sequence(self, txn: Transaction) -> None:
+        """Number states on from the last one that is listed, should the counters be lost."""
+        last = txn.before("anchors", sequence_key(self.prefix, 2**64 - 1))
+        if last is not None and last[0].startswith(self.prefix):
+            counters = self.counters(txn)
+            after = 1 + int.from_bytes(last[0][len(self.prefix) :], "big")
+            if after > counters.sequence:
+                self.put_counters(txn, replace(counters, sequence=after))
+
     def totals(self, txn: Transaction) -> dict[StateKey, Totals]:
         """Sums over the states, by the root key of their model."""
         return {
@@ -296,34 +312,6 @@ class NamespaceRows:
                 txn.delete(table, row)
                 row_key = row
         self.put_counters(txn, Counters(sequence=counters.sequence))
-
-
-def evict(
-    txn: Transaction,
-    namespaces: Iterable[NamespaceRows],
-    num_bytes: int,
-    held: Collection[bytes],
-) -> int:
-    """Drop the states that save least for their bytes, until `num_bytes` are free; how many."""
-    rows_of = list(namespaces)
-    candidates = [
-        (entry.priority, entry.num_bytes, (number, key))
-        for number, rows in enumerate(rows_of)
-        for key, entry in rows.entries(txn)
-        if not entry.is_preamble and rows.prefix + key not in held
-    ]
-    chosen, clock = eviction.victims(candidates, num_bytes)
-    sizes = {identity: size for _, size, identity in candidates}
-    for number, rows in enumerate(rows_of):
-        its = [key for n, key in chosen if n == number]
-        for key in its:
-            rows.drop(txn, key)
-        if its:
-            counters = rows.counters(txn)
-            freed = sum(sizes[number, key] for key in its)
-            counters = counters.plus(evictions=len(its), evicted_bytes=freed)
-            rows.put_counters(txn, counters.with_clock(clock))
-    return len(chosen)
 
 
 def _anchor(text: str) -> int | None:

@@ -7,14 +7,11 @@ returns is not lost; what a reader sees is whole.
 from __future__ import annotations
 
 import json
-import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
@@ -25,45 +22,30 @@ from hcache_rag.errors import (
     StoreFullError,
     StoreOpenError,
 )
-from hcache_rag.state import StateKey, StateRecord
-from hcache_rag.store import eviction
+from hcache_rag.state import StateKey, StateRecord, read_json
 from hcache_rag.store.backend import Backend, Durability, Transaction
 from hcache_rag.store.cipher import Cipher, KeySource
-from hcache_rag.store.description import (
-    describe,
-    ensure_namespace,
-    namespace_in,
-    namespaces_in,
-    put_namespace,
-    set_limit,
-)
+from hcache_rag.store.description import namespaces_in
 from hcache_rag.store.lmdb_backend import LmdbBackend
 from hcache_rag.store.memory import MemoryBackend
-from hcache_rag.store.room import make_room
-from hcache_rag.store.rows import NamespaceRows, NewState, StateRows, Values
+from hcache_rag.store.room import check_limits, make_room, require_fits, set_limits
+from hcache_rag.store.rows import NamespaceRows, NewState, Values
+from hcache_rag.store.salvage import Salvaged, salvage
+from hcache_rag.store.session import Session
 from hcache_rag.store.stats import StoreStats, stats_of
-from hcache_rag.store.tables import (
-    Counters,
-    Entry,
-    Namespace,
-    Totals,
-    namespace_prefix,
-)
-from hcache_rag.store.texts import StoredTexts, records_alike
+from hcache_rag.store.tables import Counters, Entry, Totals
+from hcache_rag.store.texts import records_alike
+from hcache_rag.store.uses import Uses
 from hcache_rag.store.verify import VerifyReport, repair, verify
 from hcache_rag.texts import TextView
 
-logger = logging.getLogger("hcache_rag")
-
 DEFAULT_NAMESPACE = "default"
-MIN_BYTES = 1 << 20
-"""The smallest limit of a store."""
 
-MAX_ATTEMPTS = 4
-"""So often room is made for a write, a little more each time."""
+MAX_ATTEMPTS, PAUSE_S = 6, 0.05
+"""So often room is made for a write, a little more each time, and after a longer pause."""
 
-FLUSH_TOUCHES = 256
-"""So many uses of states are remembered before they are written down."""
+GC_AT_ONCE = 64
+"""So many states `gc` deletes in one transaction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,52 +60,24 @@ class StoredModel:
     def from_bytes(cls, data: bytes) -> StoredModel:
         """What `StateStore.name_model` wrote; a damaged entry is a model without a name."""
         try:
-            return cls(**json.loads(data))
+            model = cls(**read_json(data))
         except (ValueError, TypeError):
-            return cls("an unknown model")
+            return UNKNOWN
+        return model if all(isinstance(v, str) for v in asdict(model).values()) else UNKNOWN
+
+
+UNKNOWN = StoredModel("an unknown model")
 
 
 class StateStore:
     """A folder of states, seen through one namespace. Use `StateStore.open`. Thread-safe."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        namespace: str,
-        *,
-        key: KeySource | None = None,
-        read_only: bool = False,
-        write_wait_s: float | None = None,
-        reopen: Callable[[], Backend] | None = None,
-    ) -> None:
-        self.path = backend.path
-        self.namespace = namespace
-        self.read_only = read_only
-        self._backend: Backend | None = backend
-        self._reopen = reopen
-        self._pid = os.getpid()
-        self._write_wait_s = write_wait_s
-        self._lock = threading.Lock()
-        self._touches: dict[StateKey, int] = {}
-        self._counted: dict[str, float] = {}
-        self._is_looking = False
-        description = describe(backend, write_wait_s, read_only=read_only)
-        self._store_id, self.max_bytes = description.store_id, description.max_bytes
-        backend.limit(self.max_bytes)
-        self._cipher = Cipher(key) if key is not None else None
-        check = self._cipher.check if self._cipher is not None else None
-        self._bind(ensure_namespace(backend, namespace, check, write_wait_s, read_only=read_only))
-
-    def _bind(self, its: Namespace) -> None:
-        """From now on, see a namespace; number 0, in which nothing is, where it is locked."""
-        self._its = its
-        check = self._cipher.check if self._cipher is not None else None
-        self._is_locked = its.number > 0 and its.key_check != check
-        if self._is_locked:
-            logger.warning("%s; its states cannot be used", self._locked())
-        number = 0 if self._is_locked else its.number
-        self._rows = NamespaceRows(namespace_prefix(number), self._cipher)
-        self._texts = StoredTexts(self._rows)
+    def __init__(self, session: Session) -> None:
+        self.path = session.path
+        self.namespace = session.namespace
+        self.read_only = session.read_only
+        self._session = session
+        self._uses = Uses(session)
 
     @classmethod
     def open(
@@ -160,34 +114,27 @@ class StateStore:
                 written by a format version that this release does not know.
             StoreBusyError: somebody else writes, for longer than `write_wait_s`.
         """
-        if not namespace or len(namespace.encode()) > 256:
-            raise ValueError(f"a namespace has 1 to 256 bytes, not {len(namespace.encode())}")
-        for name, limit in (
-            ("max_bytes", max_bytes),
-            ("namespace_max_bytes", namespace_max_bytes),
-        ):
-            if limit is not None and not isinstance(limit, int):
-                raise TypeError(f"{name} is a whole number of bytes, not {limit!r}")
-            if limit is not None and limit < MIN_BYTES:
-                raise ValueError(f"{name} is {limit:,}, but at least {MIN_BYTES:,} are needed")
+        _check_namespace(namespace)
+        check_limits(max_bytes, namespace_max_bytes)
         if durability not in ("fsync", "fast"):
             raise ValueError(f"durability is 'fsync' or 'fast', not {durability!r}")
-        folder = _folder(path, read_only=read_only)
+        cipher = Cipher(key) if key is not None else None
+        folder = LmdbBackend.folder(path, read_only=read_only)
 
         def reopen() -> Backend:
             return LmdbBackend.acquire(folder, read_only=read_only, durability=durability)
 
         backend = reopen()
         try:
-            store = cls(
+            session = Session(
                 backend,
                 namespace,
-                key=key,
+                cipher=cipher,
                 read_only=read_only,
-                write_wait_s=write_wait_s,
+                wait_s=write_wait_s,
                 reopen=reopen,
             )
-            store._set_limits(max_bytes, namespace_max_bytes)
+            set_limits(session, max_bytes, namespace_max_bytes)
         except (StoreOpenError, StoreBusyError, StoreFullError):
             backend.close()
             raise
@@ -197,33 +144,65 @@ class StateStore:
         except BaseException:
             backend.close()
             raise
-        return store
+        return cls(session)
 
     @classmethod
     def in_memory(
         cls,
         *,
         namespace: str = DEFAULT_NAMESPACE,
+        max_bytes: int | None = None,
+        namespace_max_bytes: int | None = None,
         key: KeySource | None = None,
         beside: StateStore | None = None,
     ) -> StateStore:
-        """A store that lives as long as its process, perhaps `beside` another namespace of one."""
-        return cls(MemoryBackend() if beside is None else beside._live, namespace, key=key)
+        """A store that lives as long as its process, perhaps `beside` another namespace of one.
+
+        Args: as for `open`.
+        """
+        _check_namespace(namespace)
+        check_limits(max_bytes, namespace_max_bytes)
+        session = Session(
+            MemoryBackend() if beside is None else beside._live,
+            namespace,
+            cipher=Cipher(key) if key is not None else None,
+            read_only=False,
+            wait_s=None,
+            reopen=None,
+        )
+        set_limits(session, max_bytes, namespace_max_bytes)
+        return cls(session)
 
     @property
     def store_id(self) -> str:
         """A random name, made when the store was created."""
         self._live  # noqa: B018 - a closed store is an error
-        return self._store_id
+        return self._session.store_id
+
+    @property
+    def max_bytes(self) -> int | None:
+        """The most that the file may grow to, as it was when that was last looked at."""
+        return self._session.max_bytes
+
+    @property
+    def _live(self) -> Backend:
+        return self._session.backend
+
+    @property
+    def _rows(self) -> NamespaceRows:
+        return self._session.rows
+
+    def _writing(self) -> AbstractContextManager[Transaction]:
+        return self._session.writing()
 
     def __reduce__(self) -> tuple[Callable[..., StateStore], tuple[Any, ...]]:
-        if self._reopen is None:
+        if self._session.reopen is None:
             raise TypeError("a store in memory cannot be passed to another process")
-        if self._rows.cipher is not None:
+        if self._session.cipher is not None:
             raise TypeError("a store with a key is not passed on; open it there")
         durability = getattr(self._live, "durability", "fsync")
         arguments = (str(self.path), self.namespace, durability)
-        return _open_again, (*arguments, self._write_wait_s, self.read_only)
+        return _open_again, (*arguments, self._session.wait_s, self.read_only)
 
     # States.
 
@@ -250,46 +229,34 @@ class StateStore:
             StoreBusyError: somebody else writes.
             StoreError: the store is read-only, or the disk failed.
         """
-        self._require_writable()
-        self._keep_up()
-        new = [self._rows.encoded(state) for state in states]
+        self._session.require_writable()
+        self._session.look_at_limit()
+        with self._session.reading():  # finds the namespace's rows
+            rows = self._rows
+        new = [rows.encoded(state) for state in states]
+        require_fits(self._session, new)
         for attempt in range(MAX_ATTEMPTS):
-            self._make_room(new, attempt)
+            time.sleep(PAUSE_S * attempt)  # who reads may be about to end
             try:
+                self.flush_uses()  # they decide who has to go
+                make_room(self._session, new, attempt)
                 with self._writing() as txn:
-                    put_namespace(txn, self.namespace, self._current(txn))
-                    for rows in new:
-                        self._rows.store(txn, rows)
+                    if self._rows is not rows:
+                        raise StoreBusyError(f"namespace {self.namespace!r} was made anew")
+                    self._session.make_namespace(txn)
+                    for each in new:
+                        rows.store(txn, each)
                 break
             except StoreFullError:
                 can_go_on = self._live.grow() or self.max_bytes is not None
                 if not can_go_on or attempt + 1 == MAX_ATTEMPTS:
                     raise
-        return sum(rows.value_bytes for rows in new)
-
-    def _keep_up(self) -> None:
-        """Look at what others may have changed: the limit, and the namespace."""
-        with self._live.reading() as txn:
-            its = namespace_in(txn, self.namespace)
-        if its.number and its.number != self._its.number:
-            self._bind(its)
-            self._require_writable()
-        max_bytes = describe(self._live, self._write_wait_s, read_only=True).max_bytes
-        if max_bytes != self.max_bytes:
-            self.max_bytes = max_bytes
-            self._live.limit(max_bytes)
-
-    def _current(self, txn: Transaction) -> Namespace:
-        """This namespace as it is, or as it was before somebody deleted it."""
-        its = namespace_in(txn, self.namespace)
-        if its.number and its.number != self._its.number:
-            raise StoreBusyError(f"namespace {self.namespace!r} was made anew meanwhile")
-        return its if its.number else self._its
+        return sum(each.value_bytes for each in new)
 
     def record(self, key: StateKey) -> StateRecord | None:
         """The record of a state, or None where there is none that can be read."""
         try:
-            with self._live.reading() as txn:
+            with self._session.reading() as txn:
                 return self._rows.record(txn, key)
         except StoreError:
             self._live  # noqa: B018 - a closed store is an error
@@ -300,7 +267,7 @@ class StateStore:
 
     def records(self) -> Iterator[StateRecord]:
         """All records that can be read, in order of their keys."""
-        with self._live.reading() as txn:
+        with self._session.reading() as txn:
             for _, record in self._rows.records(txn):
                 if record is not None:
                     yield record
@@ -308,14 +275,14 @@ class StateStore:
     def find(self, text: str) -> list[StateRecord]:
         """The records of all states of a text."""
         part, _ = self._rows.text_part(text)
-        with self._live.reading() as txn:
+        with self._session.reading() as txn:
             alike = records_alike(txn, self._rows, part)
             return [record for record in alike if record.text == text]
 
     @contextmanager
     def looking(self) -> Iterator[TextView]:
         """The texts of all states but preambles, see `hcache_rag.texts.KnownTexts`."""
-        with self._live.reading() as txn, self._texts.looking(txn) as view:
+        with self._session.reading() as txn, self._session.texts.looking(txn) as view:
             yield view
 
     @contextmanager
@@ -325,19 +292,25 @@ class StateStore:
         Args:
             keys: states that must not be evicted meanwhile.
         """
-        backend = self._live
-        pinned = [self._rows.prefix + key for key in keys]
-        backend.pins.add(pinned)
+        pins, pinned = self._live.pins, [self._rows.prefix + key for key in keys]
+        pins.add(pinned)
         try:
-            with backend.reading() as txn:
+            with self._session.reading() as txn:
                 yield StoreReader(txn, self._rows)
         finally:
-            backend.pins.remove(pinned)
+            pins.remove(pinned)
 
-    def delete(self, key: StateKey) -> bool:
-        """Delete a state; False where there was none."""
-        self._require_writable()
+    def delete(self, key: StateKey, *, unless_changed: StateRecord | None = None) -> bool:
+        """Delete a state; False where there was none.
+
+        Args:
+            unless_changed: keep it where its record is another one by now.
+        """
         with self._writing() as txn:
+            if unless_changed is not None:
+                record = self._rows.record(txn, key)
+                if record is not None and record.to_bytes() != unless_changed.to_bytes():
+                    return False
             return self._rows.drop(txn, key)
 
     # Whose states they are.
@@ -364,29 +337,33 @@ class StateStore:
         Returns:
             How many were deleted.
         """
-        self._require_writable()
+        self._session.require_writable()
         wanted = {self._rows.owner(owner): set(keys) for owner, keys in owned.items()}
-        with self._live.reading() as txn:
-            known = {digest: set(self._rows.keys_of(txn, digest)) for digest in wanted}
+        with self._session.reading() as txn:
+            known = self._known(txn, wanted)
         if all(known[d] >= keys if add else known[d] == keys for d, keys in wanted.items()):
             return 0
         with self._writing() as txn:
+            known = self._known(txn, wanted)
             for digest, keys in wanted.items():
                 for key in keys - known[digest]:
-                    self._rows.own(txn, digest, key)
+                    if self._rows.entry(txn, key) is not None:
+                        self._rows.own(txn, digest, key)
             if add:
                 return 0
             gone = {digest: known[digest] - keys for digest, keys in wanted.items()}
             return self._disown(txn, gone, delete=delete)
 
+    def _known(self, txn: Transaction, digests: Iterable[bytes]) -> dict[bytes, set[StateKey]]:
+        return {digest: set(self._rows.keys_of(txn, digest)) for digest in digests}
+
     def keys_of(self, owner: str) -> list[StateKey]:
         """The states that belong to `owner`."""
-        with self._live.reading() as txn:
+        with self._session.reading() as txn:
             return self._rows.keys_of(txn, self._rows.owner(owner))
 
     def delete_owner(self, *owners: str) -> int:
         """Delete the states that belong to these owners and to nobody else; their number."""
-        self._require_writable()
         with self._writing() as txn:
             digests = map(self._rows.owner, owners)
             gone = {digest: self._rows.keys_of(txn, digest) for digest in digests}
@@ -403,8 +380,8 @@ class StateStore:
 
     def gc(self, keep: Collection[StateKey] | None = None) -> int:
         """Delete the states that nobody owns, or all but `keep`; preambles stay. Their number."""
-        self._require_writable()
-        with self._live.reading() as txn:
+        self._session.require_writable()
+        with self._session.reading() as txn:
             keys = [
                 key
                 for key, entry in self._rows.entries(txn)
@@ -412,9 +389,9 @@ class StateStore:
                 and not (self._rows.is_owned(txn, key) if keep is None else key in keep)
             ]
         deleted = 0
-        for begin in range(0, len(keys), 256):  # others may write in between
+        for begin in range(0, len(keys), GC_AT_ONCE):  # others may write in between
             with self._writing() as txn:
-                for key in keys[begin : begin + 256]:
+                for key in keys[begin : begin + GC_AT_ONCE]:
                     if keep is not None or not self._rows.is_owned(txn, key):
                         deleted += self._rows.drop(txn, key)
         return deleted
@@ -429,10 +406,21 @@ class StateStore:
         """
         return verify(self._live, self._rows, on_progress)
 
+    @staticmethod
+    def salvage(path: str | os.PathLike[str]) -> Salvaged:
+        """Save what is whole of a store that `open` refuses with `DamagedStoreError`.
+
+        The damaged file is kept beside the new one. Nobody may have the store open.
+
+        Raises:
+            StoreOpenError: nothing can be found in the file.
+        """
+        return salvage(LmdbBackend.folder(path, read_only=True))
+
     def repair(self, report: VerifyReport) -> None:
         """Drop the states that a report found damaged, and what belongs to none."""
-        self._require_writable()
-        repair(self._live, self._rows, report, self._write_wait_s)
+        self._session.require_writable()
+        repair(self._live, self._rows, report, self._session.wait_s)
 
     # What is known of models, uses and sizes.
 
@@ -446,7 +434,7 @@ class StateStore:
 
     def models(self) -> dict[StateKey, StoredModel]:
         """The models that have stored states here, by root key."""
-        with self._live.reading() as txn:
+        with self._session.reading() as txn:
             return {
                 key[len(self._rows.prefix) :]: StoredModel.from_bytes(data)
                 for key, data in txn.scan("models", self._rows.prefix)
@@ -467,78 +455,42 @@ class StateStore:
     ) -> None:
         """States were restored, and others missed. Written down now and then, and by `close`."""
         used = list(keys)
-        more = {
-            "hits": len(used),
-            "misses": misses,
-            "hit_tokens": hit_tokens,
-            "missed_tokens": missed_tokens,
-            "damaged": damaged,
-        }
-        with self._lock:
-            for key in used:
-                self._touches[key] = self._touches.get(key, 0) + 1
-            for name, count in more.items():
-                self._counted[name] = self._counted.get(name, 0) + count
-            is_due = len(self._touches) >= FLUSH_TOUCHES
-        if is_due:
-            with suppress(StoreError):  # somebody else writes: next time
-                self.flush_uses(wait_s=0.0)
+        self._uses.add(
+            used,
+            hits=len(used),
+            misses=misses,
+            hit_tokens=hit_tokens,
+            missed_tokens=missed_tokens,
+            damaged=damaged,
+        )
 
     def flush_uses(self, wait_s: float | None = None) -> None:
         """Write down which states were used; a read-only store forgets it."""
-        with self._lock:
-            touches, self._touches = self._touches, {}
-            counted, self._counted = self._counted, {}
-        if self.read_only or not (touches or any(counted.values())):
-            return
-        try:
-            self._write_uses(touches, counted, wait_s)
-        except StoreError:
-            with self._lock:
-                for key, times in touches.items():
-                    self._touches[key] = self._touches.get(key, 0) + times
-                for name, count in counted.items():
-                    self._counted[name] = self._counted.get(name, 0) + count
-            raise
-
-    def _write_uses(
-        self, touches: dict[StateKey, int], counted: dict[str, float], wait_s: float | None
-    ) -> None:
-        now = time.time()
-        with self._live.writing(wait_s) as txn:
-            counters = self._rows.counters(txn)
-            for key, times in touches.items():
-                entry = self._rows.entry(txn, key)
-                if entry is not None:
-                    hits = entry.hits + times
-                    rank = eviction.priority(counters.clock, hits, entry.saved_s, entry.num_bytes)
-                    entry = replace(entry, hits=hits, used_s=now, priority=rank)
-                    self._rows.put_entry(txn, key, entry)
-            self._rows.put_counters(txn, counters.plus(**counted))
+        self._uses.flush(wait_s)
 
     def entry(self, key: StateKey) -> Entry | None:
         """What the store knows of a state besides its record."""
-        with self._live.reading() as txn:
+        with self._session.reading() as txn:
             return self._rows.entry(txn, key)
 
     def entries(self) -> Iterator[tuple[StateKey, Entry]]:
         """The same of all states."""
-        with self._live.reading() as txn:
+        with self._session.reading() as txn:
             yield from self._rows.entries(txn)
 
     def counters(self) -> Counters:
         """What has happened in this namespace."""
-        with self._live.reading() as txn:
+        with self._session.reading() as txn:
             return self._rows.counters(txn)
 
     def totals(self) -> dict[StateKey, Totals]:
         """Sums over the states of this namespace, by the root key of their model."""
-        with self._live.reading() as txn:
+        with self._session.reading() as txn:
             return self._rows.totals(txn)
 
     def used_bytes(self) -> int:
         """Bytes that everything in the store takes inside its file."""
-        with self._live.reading() as txn:
+        with self._session.reading() as txn:
             return txn.used_bytes()
 
     def file_bytes(self) -> int:
@@ -551,12 +503,11 @@ class StateStore:
 
     def namespaces(self) -> list[str]:
         """The names of all namespaces."""
-        with self._live.reading() as txn:
+        with self._session.reading() as txn:
             return sorted(namespaces_in(txn))
 
     def delete_namespace(self, name: str) -> bool:
         """Delete a namespace with everything in it; False where there was none."""
-        self._require_writable()
         with self._writing() as txn:
             prefix = namespaces_in(txn).get(name)
             if prefix is None:
@@ -574,12 +525,11 @@ class StateStore:
 
     def close(self) -> None:
         """Write down uses, sync and close. Closing twice does nothing."""
-        if self._backend is None:
+        if not self._session.is_open:
             return
         with suppress(StoreError):  # what was counted is lost then, nothing else
             self.flush_uses()
-        backend, self._backend = self._live, None
-        backend.close()
+        self._session.close()
 
     def __enter__(self) -> StateStore:
         return self
@@ -591,70 +541,6 @@ class StateStore:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    @property
-    def _live(self) -> Backend:
-        """The backend, opened anew in a process that has inherited this store from another."""
-        if self._backend is None:
-            raise StoreError(f"the store {self.path} is closed")
-        if self._pid != os.getpid() and self._reopen is not None:
-            with self._lock:
-                if self._pid != os.getpid():
-                    self._backend, self._pid = self._reopen(), os.getpid()
-        if not self._its.number and not self._is_looking:
-            self._look_for_namespace(self._backend)
-        return self._backend
-
-    def _look_for_namespace(self, backend: Backend) -> None:
-        """A reader may have come before the namespace."""
-        self._is_looking = True
-        try:
-            with backend.reading() as txn:
-                its = namespace_in(txn, self.namespace)
-            if its.number:
-                self._bind(its)
-        finally:
-            self._is_looking = False
-
-    def _require_writable(self) -> None:
-        self._live  # noqa: B018 - a closed store is an error
-        if self.read_only:
-            raise StoreError(f"the store {self.path} is open for reading only")
-        if self._is_locked:
-            raise StoreError(self._locked())
-
-    def _locked(self) -> str:
-        name = f"namespace {self.namespace!r} of {self.path}"
-        return f"{name} was made with another key, or with none"
-
-    def _writing(self) -> AbstractContextManager[Transaction]:
-        return self._live.writing(self._write_wait_s)
-
-    def _set_limits(self, max_bytes: int | None, namespace_max_bytes: int | None) -> None:
-        if self.read_only:
-            return
-        if max_bytes is not None:
-            set_limit(self._live, self._write_wait_s, max_bytes)
-            self.max_bytes = max_bytes
-            self._live.limit(max_bytes)
-        if namespace_max_bytes is not None:
-            with self._writing() as txn:
-                its = replace(namespace_in(txn, self.namespace), max_bytes=namespace_max_bytes)
-                put_namespace(txn, self.namespace, its)
-
-    def _make_room(self, new: Sequence[StateRows], attempt: int) -> None:
-        held = {*self._live.pins, *(self._rows.prefix + rows.record.key for rows in new)}
-        self.flush_uses()  # they decide who has to go
-        make_room(
-            self._live,
-            self.namespace,
-            self._rows,
-            new,
-            held,
-            max_bytes=self.max_bytes,
-            attempt=attempt,
-            wait_s=self._write_wait_s,
-        )
 
 
 class StoreReader:
@@ -677,24 +563,9 @@ class StoreReader:
         return value
 
 
-def _folder(path: str | os.PathLike[str], *, read_only: bool) -> Path:
-    folder = Path(path).expanduser().absolute()
-    try:
-        folder = folder.resolve()
-        if folder.exists() and not folder.is_dir():
-            raise StoreOpenError(f"{folder} is a file; a state store is a folder")
-        if read_only and not (folder / "data.mdb").is_file():
-            raise StoreOpenError(f"{folder} holds no state store")
-    except OSError as error:
-        raise StoreOpenError(f"cannot look into {folder}: {error.strerror}") from error
-    if not read_only:
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreOpenError(f"cannot create {folder}: {error.strerror}") from error
-        if not os.access(folder, os.W_OK):
-            raise StoreOpenError(f"{folder} is not writable")
-    return folder
+def _check_namespace(name: str) -> None:
+    if not 0 < len(name.encode()) <= 256:
+        raise ValueError(f"a namespace has 1 to 256 bytes, not {len(name.encode())}")
 
 
 def _open_again(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import Field, asdict, dataclass, fields, replace
 from typing import Any
 
 import xxhash
 
-from hcache_rag.state import KEY_BYTES, StateKey
+from hcache_rag.state import KEY_BYTES, StateKey, read_json
 from hcache_rag.store.backend import PAGE_BYTES
 
 _NAMESPACE = struct.Struct(">I")
@@ -23,6 +24,7 @@ _SEQUENCE = struct.Struct(">Q")
 _ANCHOR = struct.Struct("<Q")
 _TEXT_BYTES = 480
 """LMDB's keys have at most 511 bytes."""
+MAX_HITS = 2**32 - 1
 _TEXT_END = b"\0\1"
 
 
@@ -171,6 +173,8 @@ class Entry:
         if data is None or len(data) < size:
             return None
         numbers: tuple[Any, ...] = cls._FORMAT.unpack(data[:size])
+        if not all(map(math.isfinite, (*numbers[5:8], numbers[9]))):
+            return None
         values = (*numbers[:5], data[size:], *numbers[5:])
         return cls(*values)
 
@@ -235,10 +239,25 @@ def small_to_bytes(value: Totals | Counters | Namespace) -> bytes:
 def small_from_bytes(kind: type[Any], value: bytes | None) -> Any:
     """The inverse; the default where it is missing or damaged."""
     data = unsealed(value)
+    if data is None:
+        return kind()
     try:
-        return kind(**json.loads(data)) if data is not None else kind()
+        found = kind(**read_json(data))
     except (ValueError, TypeError):
         return kind()
+    return found if all(_is_sound(found, each) for each in fields(kind)) else kind()
+
+
+def _is_sound(found: object, its: Field[Any]) -> bool:
+    """Whether a field's value is of the field's type, and numbers are what can be counted to."""
+    value, kind = getattr(found, its.name), str(its.type)
+    if value is None:
+        return kind.endswith("| None")
+    if kind.startswith("str"):
+        return isinstance(value, str)
+    if kind.startswith("float"):
+        return type(value) in (int, float) and 0 <= value < math.inf
+    return type(value) is int and 0 <= value < 1 << 53
 
 
 @dataclass(frozen=True, slots=True)

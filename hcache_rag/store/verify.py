@@ -9,7 +9,7 @@ from hcache_rag import codec
 from hcache_rag.errors import DamagedStateError, StateError, StoreError
 from hcache_rag.layout import Representation
 from hcache_rag.state import KEY_BYTES, StateKey, StateRecord
-from hcache_rag.store.backend import Backend, Transaction
+from hcache_rag.store.backend import Backend, Table, Transaction
 from hcache_rag.store.rows import NamespaceRows
 from hcache_rag.store.tables import Totals
 
@@ -55,7 +55,11 @@ class VerifyReport:
 
 
 def verify(
-    backend: Backend, rows: NamespaceRows, on_progress: Callable[[int, int], None] | None = None
+    backend: Backend,
+    rows: NamespaceRows,
+    on_progress: Callable[[int, int], None] | None = None,
+    *,
+    is_locked: bool = False,
 ) -> VerifyReport:
     """Read and check every record and every value of a namespace.
 
@@ -64,6 +68,7 @@ def verify(
 
     Args:
         on_progress: called with (states done, states to do).
+        is_locked: records and values cannot be decrypted, and are not looked at.
     """
     with backend.reading() as txn:
         keys = _all_keys(txn, rows)
@@ -75,12 +80,11 @@ def verify(
         with backend.reading() as txn:
             record = None
             try:
-                record = rows.record(txn, key)
+                record = None if is_locked else rows.record(txn, key)
                 if record is not None:
-                    count, size = _check(txn, rows, record)
+                    count, size = _check_values(txn, rows, record)
                     values, num_bytes = values + count, num_bytes + size
-                elif txn.get("records", rows.prefix + key) is not None:
-                    damaged.append(_damage(key, None, "its record cannot be read"))
+                _check_rows(txn, rows, key, record, is_locked=is_locked)
             except StateError as error:
                 damaged.append(_damage(key, record, error.reason))
             except StoreError as error:
@@ -109,6 +113,7 @@ def repair(
             txn.delete("totals", rows.prefix + root)
         for root, totals in sums.items():
             rows.put_totals(txn, root, totals)
+        rows.keep_sequence(txn)
 
 
 def _damage(key: StateKey, record: StateRecord | None, reason: str) -> Damage:
@@ -118,17 +123,44 @@ def _damage(key: StateKey, record: StateRecord | None, reason: str) -> Damage:
 
 
 def _all_keys(txn: Transaction, rows: NamespaceRows) -> list[StateKey]:
-    found = []
-    row_key = rows.prefix
-    while (row := txn.key_at_or_after("records", row_key)) is not None:
-        if not row.startswith(rows.prefix):
-            break
-        found.append(row[len(rows.prefix) :])
-        row_key = row + b"\0"
-    return found
+    """Keys of all states that have a record, or should have one."""
+    found = set()
+    tables: tuple[Table, ...] = ("records", "entries")
+    for table in tables:
+        row_key = rows.prefix
+        while (row := txn.key_at_or_after(table, row_key)) is not None:
+            if not row.startswith(rows.prefix):
+                break
+            found.add(row[len(rows.prefix) :])
+            row_key = row + b"\0"
+    return sorted(found)
 
 
-def _check(txn: Transaction, rows: NamespaceRows, record: StateRecord) -> tuple[int, int]:
+def _check_rows(
+    txn: Transaction,
+    rows: NamespaceRows,
+    key: StateKey,
+    record: StateRecord | None,
+    *,
+    is_locked: bool,
+) -> None:
+    """What belongs to a state besides its values.
+
+    Raises:
+        DamagedStateError: something is missing.
+    """
+    entry, data = rows.entry(txn, key), txn.get("records", rows.prefix + key)
+    if entry is None and data is None:
+        return  # deleted meanwhile
+    if record is None and not (is_locked and data is not None):
+        raise DamagedStateError(key, "its record cannot be read")
+    if entry is None:
+        raise DamagedStateError(key, "what is known of it besides its record is missing")
+    if not entry.is_preamble and not rows.is_listed(txn, key, entry):
+        raise DamagedStateError(key, "it cannot be found by its text")
+
+
+def _check_values(txn: Transaction, rows: NamespaceRows, record: StateRecord) -> tuple[int, int]:
     """Values of a state, and their bytes.
 
     Raises:
@@ -146,8 +178,6 @@ def _check(txn: Transaction, rows: NamespaceRows, record: StateRecord) -> tuple[
             tokens = min(record.layout.chunk_tokens, record.num_tokens - begin)
             codec.check(fmt, tokens, record.key, layer, chunk, value)
             count, num_bytes = count + 1, num_bytes + len(value)
-    if rows.entry(txn, record.key) is None:
-        raise DamagedStateError(record.key, "what is known of it besides its record is missing")
     return count, num_bytes
 
 

@@ -1,0 +1,152 @@
+"""A store as one process sees it through one namespace, whatever others do to both."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from hcache_rag.errors import StoreError
+from hcache_rag.store.backend import Backend, Transaction
+from hcache_rag.store.cipher import Cipher
+from hcache_rag.store.description import describe, ensure_namespace, put_namespace
+from hcache_rag.store.rows import NamespaceRows
+from hcache_rag.store.tables import Namespace, namespace_prefix, small_from_bytes
+from hcache_rag.store.texts import StoredTexts
+
+logger = logging.getLogger("hcache_rag")
+
+
+class Session:
+    """Transactions of one namespace. Thread-safe.
+
+    Args:
+        cipher: of the namespace; with another one than it was made with, nothing is found.
+        reopen: gives a process that has inherited this session a backend of its own.
+
+    Attributes:
+        rows: the namespace's rows.
+        texts: its texts.
+        is_locked: it was made with another key, or with none.
+        max_bytes: the store's limit, as it was when that was last looked at.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        namespace: str,
+        *,
+        cipher: Cipher | None,
+        read_only: bool,
+        wait_s: float | None,
+        reopen: Callable[[], Backend] | None,
+    ) -> None:
+        self.path = backend.path
+        self.namespace = namespace
+        self.cipher = cipher
+        self.read_only = read_only
+        self.wait_s = wait_s
+        self.reopen = reopen
+        self._backend: Backend | None = backend
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._name = namespace.encode()
+        description = describe(backend, wait_s, read_only=read_only)
+        self.store_id, self.max_bytes = description.store_id, description.max_bytes
+        backend.limit(self.max_bytes)
+        check = cipher.check if cipher is not None else None
+        self._seen: bytes | None = None
+        self._bind(ensure_namespace(backend, namespace, check, wait_s, read_only=read_only))
+
+    def _bind(self, its: Namespace) -> None:
+        """From now on, see a namespace; number 0, in which nothing is, where it is locked."""
+        self._its = its
+        check = self.cipher.check if self.cipher is not None else None
+        self.is_locked = its.number > 0 and its.key_check != check
+        if self.is_locked:
+            logger.warning("%s; its states cannot be used", self._locked())
+        number = 0 if self.is_locked else its.number
+        self.rows = NamespaceRows(namespace_prefix(number), self.cipher)
+        self.texts = StoredTexts(self.rows)
+
+    @property
+    def backend(self) -> Backend:
+        """The backend, opened anew in a process that has inherited this session from another."""
+        if self._backend is None:
+            raise StoreError(f"the store {self.path} is closed")
+        if self._pid != os.getpid() and self.reopen is not None:
+            with self._lock:
+                if self._pid != os.getpid():
+                    self._backend, self._pid = self.reopen(), os.getpid()
+        return self._backend
+
+    @contextmanager
+    def reading(self) -> Iterator[Transaction]:
+        """A transaction that reads."""
+        with self.backend.reading() as txn:
+            self._follow(txn)
+            yield txn
+
+    @contextmanager
+    def writing(self, wait_s: float | None = None) -> Iterator[Transaction]:
+        """A transaction that writes, see `require_writable`.
+
+        Args:
+            wait_s: for somebody else who writes, instead of the session's own.
+        """
+        self.require_writable()
+        with self.backend.writing(self.wait_s if wait_s is None else wait_s) as txn:
+            self._follow(txn)
+            self.require_writable()
+            yield txn
+
+    def _follow(self, txn: Transaction) -> None:
+        """Others may have made the namespace meanwhile, or deleted it and made it anew."""
+        data = txn.get("namespaces", self._name)
+        if data == self._seen:
+            return
+        self._seen = data
+        its: Namespace = small_from_bytes(Namespace, data)
+        if its.number and its.number != self._its.number:
+            self._bind(its)
+
+    def make_namespace(self, txn: Transaction) -> None:
+        """Make the namespace as it was, where somebody has deleted it meanwhile."""
+        if txn.get("namespaces", self._name) is None:
+            put_namespace(txn, self.namespace, self._its)
+
+    def look_at_limit(self) -> None:
+        """Others may have changed the store's limit."""
+        max_bytes = describe(self.backend, self.wait_s, read_only=True).max_bytes
+        if max_bytes != self.max_bytes:
+            self.max_bytes = max_bytes
+            self.backend.limit(max_bytes)
+
+    def require_writable(self) -> None:
+        """Writing must be possible here.
+
+        Raises:
+            StoreError: the store is closed or read-only, or the namespace is locked.
+        """
+        self.backend  # noqa: B018 - a closed store is an error
+        if self.read_only:
+            raise StoreError(f"the store {self.path} is open for reading only")
+        if self.is_locked:
+            raise StoreError(self._locked())
+
+    def _locked(self) -> str:
+        name = f"namespace {self.namespace!r} of {self.path}"
+        return f"{name} was made with another key, or with none"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether `close` has not been called."""
+        return self._backend is not None
+
+    def close(self) -> None:
+        """End the use of the backend. Closing twice does nothing."""
+        if self._backend is not None:
+            backend, self._backend = self.backend, None
+            backend.close()
