@@ -141,7 +141,7 @@ def _print_report(report: VerifyReport, is_repaired: bool, again: int) -> None:
         what = repr(damage.text[:40]) if damage.text else damage.key.hex()
         say(out, "damaged: ", "red", f"{what}: {damage.reason}")
     if report.strays:
-        say(out, "strays: ", "yellow", f"{report.strays:,} values belong to no state")
+        say(out, "strays: ", "yellow", f"{report.strays:,} rows belong to no state")
     if not report.is_sum_right:
         say(out, "sums: ", "yellow", "what is counted is not what is there")
     if report.is_whole:

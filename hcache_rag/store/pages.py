@@ -64,12 +64,36 @@ class _Nodes:
         key_bytes: of their keys.
         low: bytes of their values, or on branches the number of a page.
         kind: on leaves.
+        is_first: of its page.
     """
 
     at: Numbers
     key_bytes: Numbers
     low: Numbers
     kind: Numbers
+    is_first: npt.NDArray[np.bool_]
+
+    @property
+    def keys(self) -> _Keys:
+        """Where their keys are."""
+        return _Keys(self.at + _NODE_BYTES, self.key_bytes)
+
+    def those(self, which: npt.NDArray[np.bool_]) -> _Nodes:
+        """Some of them."""
+        numbers = (self.at, self.key_bytes, self.low, self.kind)
+        at, key_bytes, low, kind = (array[which] for array in numbers)
+        return _Nodes(at, key_bytes, low, kind, self.is_first[which])
+
+
+class _Keys(NamedTuple):
+    """Some keys, by where they begin and how long they are."""
+
+    at: Numbers
+    length: Numbers
+
+    def those(self, which: Any) -> _Keys:
+        """Some of them."""
+        return _Keys(self.at[which], self.length[which])
 
 
 def problems(path: Path) -> list[str]:
@@ -191,26 +215,74 @@ class _Pages:
             self._say(f"{name}: {tree.depth} levels")
             return
         level = np.array([min(tree.root, self._num_pages)], np.int64)
-        branches = leaves = entries = overflow_pages = 0
+        lowest = _Keys(np.zeros(1, np.int64), np.zeros(1, np.int64))
+        branches = entries = overflow_pages = 0
         for _ in range(tree.depth - 1):
-            below = [nodes.low for nodes in self._nodes(name, level, BRANCH)]
+            nodes = self._nodes(name, level, BRANCH)
             branches += len(level)
-            level = np.concatenate(below) if below else level[:0]
+            lowest = _lowest(nodes, lowest)
+            level = nodes.low
             if len(level) > self._num_pages:
                 self._say(f"{name}: more pages on one level than there are")
                 return
+        last = None
         for begin in range(0, len(level), _PAGES_AT_ONCE):
-            for nodes in self._nodes(name, level[begin : begin + _PAGES_AT_ONCE], LEAF):
-                nodes, pages = self._with_values(name, nodes)
-                entries += len(nodes.at)
-                overflow_pages += pages
-                yield nodes
-        leaves = len(level)
-        counted = (branches, leaves, overflow_pages, entries)
+            some = slice(begin, begin + _PAGES_AT_ONCE)
+            nodes = self._nodes(name, level[some], LEAF)
+            if tree is not self._free and not self._found:
+                last = self._check_order(name, nodes, lowest.those(some), last)
+            nodes, pages = self._with_values(name, nodes)
+            entries += len(nodes.at)
+            overflow_pages += pages
+            yield nodes
+        counted = (branches, len(level), overflow_pages, entries)
         if counted != tree[3:7]:
             self._say(f"{name}: branches, leaves, pages and entries are {counted}, not {tree[3:7]}")
 
-    def _nodes(self, name: str, pages: Numbers, kind: int) -> Iterator[_Nodes]:
+    def _check_order(
+        self, name: str, nodes: _Nodes, lowest: _Keys, last: _Keys | None
+    ) -> _Keys | None:
+        """Keys rise, and are those that the branches above lead to; the last one of them."""
+        keys, firsts = nodes.keys, np.flatnonzero(nodes.is_first)
+        if not len(firsts):
+            return last
+        lasts = np.append(firsts[1:] - 1, len(nodes.at) - 1)
+        before = keys.those(lasts[:-1])
+        if last is not None:
+            before = _Keys(*(np.concatenate(pair) for pair in zip(last, before, strict=True)))
+        above = lowest if last is not None else lowest.those(slice(1, None))
+        rises = self._are_below(keys.those(slice(-1)), keys.those(slice(1, None))).all()
+        if (
+            not rises
+            or not self._are_below(before, above).all()
+            or self._are_below(keys.those(firsts), lowest).any()
+        ):
+            self._say(f"{name}: keys are not in order")
+        return keys.those(lasts[-1:])
+
+    def _are_below(self, some: _Keys, others: _Keys) -> npt.NDArray[np.bool_]:
+        """Which of some keys sort before others, one by one."""
+        found, left, begin = np.zeros(len(some.at), bool), np.arange(len(some.at)), 0
+        columns = np.arange(32)
+        while len(left):
+            one, other = (
+                self._columns(keys.those(left), begin + columns) for keys in (some, others)
+            )
+            differs = one != other
+            first, is_decided = differs.argmax(1), differs.any(1)
+            rows = np.flatnonzero(is_decided)
+            found[left[rows]] = one[rows, first[rows]] < other[rows, first[rows]]
+            begin += len(columns)
+            is_longer = np.maximum(some.length[left], others.length[left]) > begin
+            left = left[~is_decided & is_longer]
+        return found
+
+    def _columns(self, keys: _Keys, columns: Numbers) -> npt.NDArray[np.int16]:
+        """Some bytes of keys; -1 behind their end."""
+        places = np.minimum(keys.at[:, None] + columns, len(self._bytes) - 1)
+        return np.where(columns < keys.length[:, None], self._bytes[places], np.int16(-1))
+
+    def _nodes(self, name: str, pages: Numbers, kind: int) -> _Nodes:
         """The nodes of some pages, of those that are whole."""
         inside = (pages >= 2) & (pages < self._num_pages)
         if not inside.all():
@@ -255,7 +327,7 @@ class _Pages:
         good[owner[~fits]] = False
         self._say_pages(name, pages[~good])
         keep = good[owner]
-        yield _Nodes(at[keep], key_bytes[keep], low[keep], flags[keep])
+        return _Nodes(at, key_bytes, low, flags, is_first).those(keep)
 
     def _with_values(self, name: str, nodes: _Nodes) -> tuple[_Nodes, int]:
         """Those whose values are there, and how many pages of their own these take."""
@@ -276,8 +348,7 @@ class _Pages:
             self._say(f"{name}: {int((~good).sum())} values are not where they should be")
         keep = np.ones(len(nodes.at), bool)
         keep[big[~good]] = False
-        kept = _Nodes(*(a[keep] for a in (nodes.at, nodes.key_bytes, nodes.low, nodes.kind)))
-        return kept, int(counts[good].sum())
+        return nodes.those(keep), int(counts[good].sum())
 
     def _value_pages(self, nodes: _Nodes, big: Numbers) -> Numbers:
         """Where the values of big nodes begin; a page that cannot be is 0."""
@@ -325,3 +396,11 @@ class _Pages:
     def _say(self, problem: str) -> None:
         if len(self._found) < _MAX_PROBLEMS:
             self._found.append(problem)
+
+
+def _lowest(nodes: _Nodes, lowest: _Keys) -> _Keys:
+    """The keys from which on the pages below some branches may be: LMDB ignores the first one."""
+    page = np.cumsum(nodes.is_first) - 1
+    page = np.minimum(page, len(lowest.at) - 1)
+    at = np.where(nodes.is_first, lowest.at[page], nodes.keys.at)
+    return _Keys(at, np.where(nodes.is_first, lowest.length[page], nodes.key_bytes))

@@ -208,7 +208,7 @@ class NamespaceRows:
     def _remove(self, txn: Transaction, key: StateKey) -> bool:
         entry = self.entry(txn, key)
         found = txn.delete("records", self.prefix + key)
-        for row_key in self._chunk_keys(txn, key):
+        for row_key in self.chunk_keys(txn, key):
             txn.delete("chunks", row_key)
         if entry is not None:
             if not entry.is_preamble:
@@ -218,8 +218,8 @@ class NamespaceRows:
         txn.delete("entries", self.prefix + key)
         return found
 
-    def _chunk_keys(self, txn: Transaction, key: StateKey) -> list[bytes]:
-        """Found one by one: the values are not looked at."""
+    def chunk_keys(self, txn: Transaction, key: StateKey) -> list[bytes]:
+        """Keys of a state's values, found one by one: the values are not looked at."""
         first = row_key = self.prefix + key
         found = []
         while (row := txn.key_at_or_after("chunks", row_key)) is not None and row.startswith(first):
@@ -261,6 +261,21 @@ class NamespaceRows:
         return texts is not None and (
             txn.view("anchors", sequence_key(self.prefix, entry.sequence)) is not None
         )
+
+    def rows_about(self, txn: Transaction) -> Iterator[tuple[Table, bytes, StateKey]]:
+        """(table, row's key, state's key) of rows by which states are found, but for anchors."""
+        begin = len(self.prefix)
+        for row_key, _ in txn.scan("texts", self.prefix):
+            yield "texts", row_key, row_key[-KEY_BYTES:]
+        for row_key, _ in txn.scan("owners", self.prefix):
+            yield "owners", row_key, row_key[-KEY_BYTES:]
+        for row_key, _ in txn.scan("owned", self.prefix):
+            yield "owned", row_key, row_key[begin : begin + KEY_BYTES]
+
+    def anchors(self, txn: Transaction) -> Iterator[tuple[int, bytes]]:
+        """The numbers of states that are listed, and the keys of these rows."""
+        for row_key, _ in txn.scan("anchors", self.prefix):
+            yield int.from_bytes(row_key[len(self.prefix) :], "big"), row_key
 
     def keep_sequence(self, txn: Transaction) -> None:
         """Number states on from the last one that is listed, should the counters be lost."""

@@ -256,7 +256,7 @@ def _is_sound(found: object, its: Field[Any]) -> bool:
     if kind.startswith("str"):
         return isinstance(value, str)
     if kind.startswith("float"):
-        return type(value) in (int, float) and 0 <= value < math.inf
+        return type(value) in (int, float) and 0 <= value < 1e300
     return type(value) is int and 0 <= value < 1 << 53
 
 

@@ -37,7 +37,7 @@ class VerifyReport:
     Args:
         states, values, num_bytes: that were looked at.
         damaged: states that cannot be used.
-        strays: values that belong to no state.
+        strays: values and other rows that belong to no state.
         is_sum_right: whether the sums that are kept are those of the states.
     """
 
@@ -106,8 +106,8 @@ def repair(
         with backend.writing(wait_s) as txn:
             rows.drop(txn, damage.key)
     with backend.writing(wait_s) as txn:
-        for row_key in _strays(txn, rows):
-            txn.delete("chunks", row_key)
+        for table, row_key in _strays(txn, rows):
+            txn.delete(table, row_key)
         sums = _sums(txn, rows)
         for root in rows.totals(txn).keys() - sums.keys():
             txn.delete("totals", rows.prefix + root)
@@ -150,7 +150,7 @@ def _check_rows(
         DamagedStateError: something is missing.
     """
     entry, data = rows.entry(txn, key), txn.get("records", rows.prefix + key)
-    if entry is None and data is None:
+    if data is None and txn.view("entries", rows.prefix + key) is None:
         return  # deleted meanwhile
     if record is None and not (is_locked and data is not None):
         raise DamagedStateError(key, "its record cannot be read")
@@ -178,10 +178,22 @@ def _check_values(txn: Transaction, rows: NamespaceRows, record: StateRecord) ->
             tokens = min(record.layout.chunk_tokens, record.num_tokens - begin)
             codec.check(fmt, tokens, record.key, layer, chunk, value)
             count, num_bytes = count + 1, num_bytes + len(value)
+    if count != len(rows.chunk_keys(txn, record.key)):
+        raise DamagedStateError(record.key, "there are values that its layout has none of")
     return count, num_bytes
 
 
-def _strays(txn: Transaction, rows: NamespaceRows) -> list[bytes]:
+def _strays(txn: Transaction, rows: NamespaceRows) -> list[tuple[Table, bytes]]:
+    """Rows whose state has no record or no entry."""
+    found: list[tuple[Table, bytes]] = [("chunks", row) for row in _stray_values(txn, rows)]
+    for table, row_key, key in rows.rows_about(txn):
+        if txn.view("entries", rows.prefix + key) is None:
+            found.append((table, row_key))
+    listed = {entry.sequence for _, entry in rows.entries(txn) if not entry.is_preamble}
+    return found + [("anchors", row) for number, row in rows.anchors(txn) if number not in listed]
+
+
+def _stray_values(txn: Transaction, rows: NamespaceRows) -> list[bytes]:
     """Keys of values whose state has no record."""
     found = []
     row_key = rows.prefix
@@ -189,7 +201,7 @@ def _strays(txn: Transaction, rows: NamespaceRows) -> list[bytes]:
         if not row.startswith(rows.prefix):
             break
         state = row[: len(rows.prefix) + KEY_BYTES]
-        if txn.get("records", state) is not None:
+        if txn.view("records", state) is not None:
             row_key = max(row + b"\0", state + b"\xff" * 7)  # behind the state's last value
             continue
         found.append(row)
