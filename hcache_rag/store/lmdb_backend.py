@@ -298,6 +298,13 @@ class LmdbBackend:
             cls._open[folder] = cls(folder, read_only=read_only, durability=durability)
             return cls._open[folder]
 
+    @classmethod
+    def is_open_here(cls, folder: Path) -> bool:
+        """Whether this process uses the environment in a folder."""
+        with cls._lock:
+            backend = cls._open.get(folder)
+            return backend is not None and backend.pid == os.getpid() and backend._is_on_disk()
+
     def _is_on_disk(self) -> bool:
         """Whether the open environment is still the file that the path names."""
         try:

@@ -42,9 +42,11 @@ def salvage(folder: Path) -> Salvaged:
     Nobody may have the store open.
 
     Raises:
-        StoreOpenError: nothing can be found in the file.
+        StoreOpenError: nothing can be found in the file, or it is open in this process.
         StoreBusyError: somebody writes to the store.
     """
+    if LmdbBackend.is_open_here(folder):
+        raise StoreOpenError(f"{folder} is open in this process, and cannot be repaired then")
     turns = Turns(folder, read_only=False)
     try:
         with turns.taken(OPEN_WAIT_S):

@@ -8,6 +8,7 @@ import struct
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -122,19 +123,21 @@ FLIPS = {"meta": 0.1, "branch": 0.1, "leaf": 0.2, "node": 0.2, "overflow": 0.05,
 """Where bytes are flipped, and how often: LMDB's own pages, the numbers in them, anywhere."""
 
 
+def a_flip(original: Original, source: random.Random, where: str = "") -> tuple[bytes, str]:
+    """One byte is another, in one of `FLIPS` or by default in any of them."""
+    kind = where or source.choices(list(FLIPS), list(FLIPS.values()))[0]
+    data = bytearray(original.data if kind == "any" else original.compact)
+    at = source.randrange(len(data)) if kind == "any" else _place(original, kind, source)
+    before = data[at]
+    data[at] ^= source.randrange(1, 256)
+    place = f"page {at // PAGE} ({kind}), byte {at % PAGE}"
+    return bytes(data), f"{place}, {before:#04x} to {data[at]:#04x}"
+
+
 def flips(count: int, seed: int, where: str = "") -> Outcome:
-    """One byte is another, in one of `FLIPS` or by default in all of them."""
-
-    def damage(original: Original, source: random.Random) -> tuple[bytes, str]:
-        kind = where or source.choices(list(FLIPS), list(FLIPS.values()))[0]
-        data = bytearray(original.data if kind == "any" else original.compact)
-        at = source.randrange(len(data)) if kind == "any" else _place(original, kind, source)
-        before = data[at]
-        data[at] ^= source.randrange(1, 256)
-        place = f"page {at // PAGE} ({kind}), byte {at % PAGE}"
-        return bytes(data), f"{place}, {before:#04x} to {data[at]:#04x}"
-
-    return damaged(f"flips, {where}" if where else "flips", count, seed, damage)
+    """One byte of each file is another."""
+    fault = f"flips, {where}" if where else "flips"
+    return damaged(fault, count, seed, partial(a_flip, where=where))
 
 
 def _place(original: Original, kind: str, source: random.Random) -> int:
@@ -158,31 +161,33 @@ def _shorts(data: bytes, at: int, count: int) -> tuple[int, ...]:
     return struct.unpack_from(f"<{count}H", data, at)
 
 
-def truncations(count: int, seed: int) -> Outcome:
+def a_truncation(original: Original, source: random.Random) -> tuple[bytes, str]:
     """The file loses its end; every other time zeros stand in its place."""
+    data = source.choice((original.data, original.compact))
+    step, is_filled_up = source.choice((1, PAGE)), source.random() < 0.5
+    length = source.randrange(len(data)) // step * step
+    cut = data[:length] + bytes(len(data) - length if is_filled_up else 0)
+    return cut, f"{length:,} of {len(data):,} bytes" + " and zeros" * is_filled_up
 
-    def damage(original: Original, source: random.Random) -> tuple[bytes, str]:
-        data = source.choice((original.data, original.compact))
-        step, is_filled_up = source.choice((1, PAGE)), source.random() < 0.5
-        length = source.randrange(len(data)) // step * step
-        cut = data[:length] + bytes(len(data) - length if is_filled_up else 0)
-        return cut, f"{length:,} of {len(data):,} bytes" + " and zeros" * is_filled_up
 
-    return damaged("truncations", count, seed, damage)
+def truncations(count: int, seed: int) -> Outcome:
+    """Files that end early."""
+    return damaged("truncations", count, seed, a_truncation)
+
+
+def a_torn_write(original: Original, source: random.Random) -> tuple[bytes, str]:
+    """Some pages are as they were some time ago, or zeros."""
+    num_pages = source.randint(1, 8)
+    is_older = source.random() < 0.6
+    last = len(original.older if is_older else original.data) // PAGE - num_pages
+    first = source.randint(0, last if source.random() < 0.8 else 2)
+    run = slice(first * PAGE, (first + num_pages) * PAGE)
+    data = bytearray(original.data)
+    data[run] = original.older[run] if is_older else bytes(num_pages * PAGE)
+    what = "as they were" if is_older else "zeros"
+    return bytes(data), f"pages {first} to {first + num_pages - 1} {what}"
 
 
 def torn_writes(count: int, seed: int) -> Outcome:
-    """Some pages are as they were some time ago, or zeros."""
-
-    def damage(original: Original, source: random.Random) -> tuple[bytes, str]:
-        num_pages = source.randint(1, 8)
-        is_older = source.random() < 0.6
-        last = len(original.older if is_older else original.data) // PAGE - num_pages
-        first = source.randint(0, last if source.random() < 0.8 else 2)
-        run = slice(first * PAGE, (first + num_pages) * PAGE)
-        data = bytearray(original.data)
-        data[run] = original.older[run] if is_older else bytes(num_pages * PAGE)
-        what = "as they were" if is_older else "zeros"
-        return bytes(data), f"pages {first} to {first + num_pages - 1} {what}"
-
-    return damaged("torn writes", count, seed, damage)
+    """Files of which some pages were not written."""
+    return damaged("torn writes", count, seed, a_torn_write)
