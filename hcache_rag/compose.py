@@ -78,7 +78,7 @@ def compose(
     head = _head(pieces)
     spans: list[RestoredSpan] = []
     if preamble is not None:
-        common = _common_prefix(head, preamble.token_ids)
+        common = common_prefix(head, preamble.token_ids)
         if common >= MIN_PREAMBLE_TOKENS:
             spans.append(RestoredSpan(preamble, common, 0, is_exact=True))
     path = child_key(root, head) if len(head) else root
@@ -113,7 +113,8 @@ def _after_head(
     return dropwhile(lambda piece: piece[1] is None, pieces)
 
 
-def _common_prefix(a: TokenIds, b: TokenIds) -> int:
+def common_prefix(a: TokenIds, b: TokenIds) -> int:
+    """With how many tokens both begin."""
     length = min(len(a), len(b))
     differing = np.flatnonzero(a[:length] != b[:length])
     return int(differing[0]) if len(differing) else length

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
 from transformers import DynamicCache
 
-from hcache_kernels import (
-    quantise_keys,
-    quantise_rows,
-    quantise_rows_smoothly,
-    quantise_values,
-    row_scale,
-)
-from hcache_rag import codec
 from hcache_rag.choice import LayoutChoice
-from hcache_rag.codec import ChunkShape
-from hcache_rag.errors import StoreFullError
-from hcache_rag.layout import GROUP_CHANNELS, LayerFormat, Representation, StateLayout
-from hcache_rag.models import CapturedLayer, ModelAdapter, bit_words, torch_dtype
+from hcache_rag.continuing import Beginning, beginning_of, cache_with, continued_values
+from hcache_rag.errors import StateError, StoreError, StoreFullError
+from hcache_rag.layout import StateLayout
+from hcache_rag.models import ModelAdapter
 from hcache_rag.prefixes import Prefixes
 from hcache_rag.profile import ModelCosts
 from hcache_rag.prompt import Tokenizer
 from hcache_rag.state import StateKey, StateRecord, TokenIds, child_key
 from hcache_rag.store import NewState, StateStore
+from hcache_rag.values import state_values
+
+logger = logging.getLogger("hcache_rag")
 
 BATCH_TOKENS = 2048
 """Tokens of one captured batch, padding included."""
@@ -41,6 +36,8 @@ class PrecomputeReport:
         stored, reused: documents whose state was computed now, and whose state was there already.
         skipped: documents without a state and why, as (first words, reason).
         stored_tokens, stored_bytes: of the states computed now.
+        continued, continued_tokens: documents among the stored that begin as a stored one, and
+            their tokens that were not read again.
         seconds: wall time.
     """
 
@@ -50,6 +47,18 @@ class PrecomputeReport:
     stored_tokens: int = 0
     stored_bytes: int = 0
     seconds: float = 0.0
+    continued: int = 0
+    continued_tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Of what has been stored so far."""
+
+    tokens: int = 0
+    num_bytes: int = 0
+    continued: int = 0
+    continued_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,18 +117,15 @@ class Indexer:
         with self._one_at_a_time:
             pending, reused, skipped = self._pending(texts)
             total, done = reused + len(pending), reused
-            stored_tokens = stored_bytes = 0
+            sums = _Sums()
             if on_progress:
                 on_progress(done, total)
             try:
                 if pending:
                     self._begin(on_stored)
-                for batch in batches(pending):
-                    records, num_bytes = self._store_batch(batch, self._preamble.key)
+                for records in self._store_all(pending, sums):
                     for record in records:
                         on_stored(record)
-                    stored_tokens += sum(record.num_tokens for record in records)
-                    stored_bytes += num_bytes
                     done += len(records)
                     if on_progress:
                         on_progress(done, total)
@@ -128,8 +134,63 @@ class Indexer:
                     self._store.sync()
         seconds = time.perf_counter() - started
         return PrecomputeReport(
-            len(pending), reused, tuple(skipped), stored_tokens, stored_bytes, seconds
+            len(pending),
+            reused,
+            tuple(skipped),
+            sums.tokens,
+            sums.num_bytes,
+            seconds,
+            sums.continued,
+            sums.continued_tokens,
         )
+
+    def _store_all(
+        self, pending: Sequence[PendingState], sums: _Sums
+    ) -> Iterator[list[StateRecord]]:
+        """Store states, those first that go on from a stored one; the records of each batch."""
+        left = []
+        for state in pending:
+            record = self._continue(state, sums)
+            if record is None:
+                left.append(state)
+            else:
+                yield [record]
+        for batch in batches(left):
+            records, num_bytes = self._store_batch(batch, self._preamble.key)
+            sums.tokens += sum(record.num_tokens for record in records)
+            sums.num_bytes += num_bytes
+            yield records
+
+    def _continue(self, state: PendingState, sums: _Sums) -> StateRecord | None:
+        """Store a state that begins as a stored one; None where there is none such."""
+        layout, parent = self._choice.layout, self._preamble.key
+        try:
+            found = beginning_of(self._store, parent, layout, state.text, state.token_ids)
+            if found is None:
+                return None
+            record, num_bytes = self._store_continued(state, found)
+        except StoreFullError:
+            raise
+        except (StateError, StoreError) as error:
+            logger.warning("%s; the document is read as a whole", error)
+            return None
+        sums.tokens += record.num_tokens
+        sums.num_bytes += num_bytes
+        sums.continued += 1
+        sums.continued_tokens += found.num_tokens
+        return record
+
+    def _store_continued(self, state: PendingState, found: Beginning) -> tuple[StateRecord, int]:
+        after = cache_with(self._adapter, self._store, self._prefixes, found)
+        layout, parent = self._choice.layout, self._preamble.key
+        rest = state.token_ids[found.num_tokens :].tolist()
+        captured = self._adapter.capture([rest], [f.representation for f in layout.layers], after)
+        record = StateRecord(
+            state.key, parent, self._root, state.token_ids, state.text, layout, time.time()
+        )
+        values = continued_values(self._adapter, self._store, found, record, captured)
+        saved_s = _saved_s(self._adapter, self._costs, record)
+        return record, self._store.put_all([NewState(record, values, saved_s)])
 
     def _pending(
         self, texts: Iterable[str]
@@ -224,10 +285,14 @@ def store_batch(
         record = StateRecord(
             state.key, parent, root, state.token_ids, state.text, layout, time.time(), is_preamble
         )
-        values = list(_values(adapter, record, captured, row))
-        saved_s = costs.layer(record.num_tokens) * adapter.spec.num_layers if costs else None
-        new.append(NewState(record, values, saved_s))
+        values = list(state_values(adapter, record, captured, row))
+        new.append(NewState(record, values, _saved_s(adapter, costs, record)))
     return [state.record for state in new], _put(store, new)
+
+
+def _saved_s(adapter: ModelAdapter, costs: ModelCosts | None, record: StateRecord) -> float | None:
+    """What reading a document again would take, where that is known."""
+    return costs.layer(record.num_tokens) * adapter.spec.num_layers if costs else None
 
 
 def _put(store: StateStore, new: Sequence[NewState]) -> int:
@@ -238,57 +303,3 @@ def _put(store: StateStore, new: Sequence[NewState]) -> int:
         if len(new) == 1:
             raise
         return sum(store.put_all([state]) for state in new)
-
-
-def _values(
-    adapter: ModelAdapter, record: StateRecord, captured: Sequence[CapturedLayer], row: int
-) -> Iterator[tuple[int, int, bytearray]]:
-    layout, length = record.layout, record.num_tokens
-    for layer, (fmt, caught) in enumerate(zip(layout.layers, captured, strict=True)):
-        for chunk in range(layout.num_chunks(length)):
-            begin = chunk * layout.chunk_tokens
-            tokens = slice(begin, min(begin + layout.chunk_tokens, length))
-            arrays = _arrays(adapter, layer, fmt, caught, row, tokens)
-            if arrays:
-                shape = ChunkShape(fmt, tokens.stop - tokens.start, adapter.spec)
-                yield layer, chunk, codec.encode(shape, record.key, layer, chunk, arrays)
-
-
-def _arrays(
-    adapter: ModelAdapter,
-    layer: int,
-    fmt: LayerFormat,
-    caught: CapturedLayer,
-    row: int,
-    tokens: slice,
-) -> tuple[codec.Words, ...]:
-    """Some tokens of a captured document as the arrays that `LayerFormat.parts` names."""
-    if caught.first is None:
-        return ()
-    first = caught.first[row, tokens]
-    if fmt.representation is Representation.HIDDEN:
-        scales = row_scale(first, adapter.norm(layer)[1]).numpy()
-        if not fmt.is_quantised:
-            return _stored(first, fmt), scales
-        if fmt.dtype == "int8-smooth":
-            smooth, quant_scales, channel_scales = quantise_rows_smoothly(first)
-            return smooth.numpy(), scales, quant_scales.numpy(), channel_scales.numpy()
-        group = GROUP_CHANNELS if fmt.dtype == "int8-g64" else None
-        integers, quant_scales = quantise_rows(first, group)
-        return integers.numpy(), scales, quant_scales.numpy()
-    if caught.second is None:
-        raise ValueError(f"layer {layer} was captured without V")
-    shape = (len(first), adapter.spec.num_kv_heads, adapter.spec.head_dim)
-    keys, values = (t.view(shape).transpose(0, 1) for t in (first, caught.second[row, tokens]))
-    if not fmt.is_quantised:
-        return _stored(keys, fmt), _stored(values, fmt)
-    (stored_keys, key_scales), (stored_values, value_scales) = (
-        quantise_keys(keys),
-        quantise_values(values),
-    )
-    return tuple(t.numpy() for t in (stored_keys, stored_values, key_scales, value_scales))
-
-
-def _stored(values: Tensor, fmt: LayerFormat) -> codec.Words:
-    """Floating-point values in the storage dtype, as words."""
-    return bit_words(values.to(torch_dtype(fmt.dtype)).contiguous())

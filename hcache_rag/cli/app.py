@@ -122,6 +122,11 @@ def index(
             f"{report.stored_tokens:,} tokens in {report.seconds:.1f} s ({rate:,.0f} tokens/s), "
             f"{size(report.stored_bytes)} of states"
         )
+    if report.continued:
+        out.print(
+            f"{report.continued_tokens:,} tokens of {report.continued} changed document(s) come "
+            "before the first change, and were not read again"
+        )
     for text, reason in report.skipped:
         say(out, "not stored", "yellow", f" {text!r}: {reason}")
     say(out, "each layer keeps ", "", f"{choice.layout}; {choice.reason}")

@@ -1,0 +1,78 @@
+"""What the model's layers gave when it read documents, as the values that are stored of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from hcache_kernels import (
+    quantise_keys,
+    quantise_rows,
+    quantise_rows_smoothly,
+    quantise_values,
+    row_scale,
+)
+from hcache_rag import codec
+from hcache_rag.codec import ChunkShape
+from hcache_rag.layout import GROUP_CHANNELS, LayerFormat, Representation
+from hcache_rag.models import CapturedLayer, ModelAdapter, bit_words, torch_dtype
+from hcache_rag.state import StateRecord
+
+
+def state_values(
+    adapter: ModelAdapter, record: StateRecord, captured: Sequence[CapturedLayer], row: int
+) -> Iterator[tuple[int, int, bytearray]]:
+    """(layer, chunk, value) of a state, from row `row` of a captured batch."""
+    layout, length = record.layout, record.num_tokens
+    for layer, (fmt, caught) in enumerate(zip(layout.layers, captured, strict=True)):
+        for chunk in range(layout.num_chunks(length)):
+            begin = chunk * layout.chunk_tokens
+            tokens = slice(begin, min(begin + layout.chunk_tokens, length))
+            arrays = chunk_arrays(adapter, layer, fmt, caught, row, tokens)
+            if arrays:
+                shape = ChunkShape(fmt, tokens.stop - tokens.start, adapter.spec)
+                yield layer, chunk, codec.encode(shape, record.key, layer, chunk, arrays)
+
+
+def chunk_arrays(
+    adapter: ModelAdapter,
+    layer: int,
+    fmt: LayerFormat,
+    caught: CapturedLayer,
+    row: int,
+    tokens: slice,
+) -> tuple[codec.Words, ...]:
+    """Some tokens of a captured document as the arrays that `LayerFormat.parts` names.
+
+    Empty where the layer keeps nothing.
+    """
+    if caught.first is None:
+        return ()
+    first = caught.first[row, tokens]
+    if fmt.representation is Representation.HIDDEN:
+        scales = row_scale(first, adapter.norm(layer)[1]).numpy()
+        if not fmt.is_quantised:
+            return _stored(first, fmt), scales
+        if fmt.dtype == "int8-smooth":
+            smooth, quant_scales, channel_scales = quantise_rows_smoothly(first)
+            return smooth.numpy(), scales, quant_scales.numpy(), channel_scales.numpy()
+        group = GROUP_CHANNELS if fmt.dtype == "int8-g64" else None
+        integers, quant_scales = quantise_rows(first, group)
+        return integers.numpy(), scales, quant_scales.numpy()
+    if caught.second is None:
+        raise ValueError(f"layer {layer} was captured without V")
+    shape = (len(first), adapter.spec.num_kv_heads, adapter.spec.head_dim)
+    keys, values = (t.view(shape).transpose(0, 1) for t in (first, caught.second[row, tokens]))
+    if not fmt.is_quantised:
+        return _stored(keys, fmt), _stored(values, fmt)
+    (stored_keys, key_scales), (stored_values, value_scales) = (
+        quantise_keys(keys),
+        quantise_values(values),
+    )
+    return tuple(t.numpy() for t in (stored_keys, stored_values, key_scales, value_scales))
+
+
+def _stored(values: Tensor, fmt: LayerFormat) -> codec.Words:
+    """Floating-point values in the storage dtype, as words."""
+    return bit_words(values.to(torch_dtype(fmt.dtype)).contiguous())
