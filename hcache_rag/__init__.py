@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         StoreBusyError,
         StoreError,
         StoreFullError,
+        StoreMovedError,
         StoreOpenError,
         UnsupportedModelError,
     )
@@ -56,6 +57,7 @@ __all__ = [
     "StoreBusyError",
     "StoreError",
     "StoreFullError",
+    "StoreMovedError",
     "StoreOpenError",
     "UnsupportedModelError",
 ]

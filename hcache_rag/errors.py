@@ -11,6 +11,7 @@
     │   ├── StoreOpenError           the path cannot hold, or does not hold, a state store
     │   │   └── DamagedStoreError    its file is damaged: LMDB could not read it safely
     │   ├── StoreBusyError           somebody else writes, and one was not to wait
+    │   ├── StoreMovedError          another file took its place; a store opens that by itself
     │   └── StoreFullError           the file or the disk has no room for another state
     └── StateError                   one stored state cannot be used; never reaches a question:
         ├── DamagedStateError        the engine recomputes the span, counts it and warns
@@ -21,8 +22,11 @@ Bad arguments raise `ValueError` or `TypeError` at once, with the numbers that d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 
 class HCacheError(Exception):
@@ -102,6 +106,10 @@ class StoreBusyError(StoreError):
 
 class StoreFullError(StoreError):
     """The store's file or disk has no room; what was stored before is unharmed."""
+
+
+class StoreMovedError(StoreError):
+    """Another file has taken the place of an open one."""
 
 
 class StateError(HCacheError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from hcache_rag.errors import (
     StoreBusyError,
     StoreError,
     StoreFullError,
+    StoreMovedError,
     StoreOpenError,
 )
 from hcache_rag.store import pages
@@ -134,6 +136,14 @@ class LmdbTransaction:
             raise self._fail("reading", error) from error
 
 
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _row(cursor: Any) -> tuple[bytes, bytes]:
     return bytes(cursor.key()), bytes(cursor.value())
 
@@ -158,19 +168,32 @@ class LmdbBackend:
         self._max_bytes: int | None = None
         self._turns = Turns(folder, read_only=read_only)
         try:
-            if read_only and self._turns.is_noted():
-                self._env, self._databases = self._opened()
-            else:
+            if not (read_only and self._is_opened_beside_writers()):
                 with self._turns.taken(OPEN_WAIT_S):
                     if not self._turns.is_noted():
                         self._check_pages()
                     self._env, self._databases = self._opened()
+                    self._stat = os.stat(self._data)
                     if not self._turns.is_noted():
                         self._turns.note(is_synced=False)
         except BaseException:
             self._turns.close()
             raise
-        self._stat = os.stat(self._data)
+
+    def _is_opened_beside_writers(self) -> bool:
+        """Open the file without waiting for one's turn, if it is known and stays in its place."""
+        lock = self.path / "lock.mdb"
+        if not self._turns.is_noted() or not lock.exists():
+            return False
+        try:
+            self._stat, before = os.stat(self._data), os.stat(lock)
+            self._env, self._databases = self._opened()
+            if self.is_current() and os.path.samestat(before, os.stat(lock)):
+                return True
+        except FileNotFoundError:
+            return False
+        self._env.close()
+        return False
 
     @property
     def _data(self) -> Path:
@@ -285,7 +308,7 @@ class LmdbBackend:
             if backend is not None and backend.pid != os.getpid():
                 backend._env.close()  # inherited by a fork: LMDB must not be used in both processes
                 backend = None
-            if backend is not None and backend._is_on_disk():
+            if backend is not None and backend.is_current():
                 if backend.is_read_only and not read_only:
                     raise StoreOpenError(f"{folder} is already open in this process, read-only")
                 if not read_only and backend.durability != durability:
@@ -303,10 +326,9 @@ class LmdbBackend:
         """Whether this process uses the environment in a folder."""
         with cls._lock:
             backend = cls._open.get(folder)
-            return backend is not None and backend.pid == os.getpid() and backend._is_on_disk()
+            return backend is not None and backend.pid == os.getpid() and backend.is_current()
 
-    def _is_on_disk(self) -> bool:
-        """Whether the open environment is still the file that the path names."""
+    def is_current(self) -> bool:
         try:
             return os.path.samestat(self._stat, os.stat(self._data))
         except OSError:
@@ -343,6 +365,7 @@ class LmdbBackend:
     @contextmanager
     def writing(self, wait_s: float | None = None) -> Iterator[LmdbTransaction]:
         with self._turns.taken(wait_s), self._transaction(write=True) as txn:
+            self._require_current()
             try:
                 yield LmdbTransaction(txn, self._databases, self._error)
             except BaseException:
@@ -416,6 +439,36 @@ class LmdbBackend:
 
     def file_bytes(self) -> int:
         return os.stat(self._data).st_blocks * 512
+
+    def compact(self, wait_s: float | None = None) -> None:
+        """A copy without free pages takes the file's place.
+
+        Who reads the old file goes on reading it. Who writes looks for the new one first, see
+        `writing`; and both use the new one from their next transaction on, see `Session`.
+        """
+        copy = self.path / "compact"
+        with self._turns.taken(wait_s):
+            self._require_current()
+            try:
+                shutil.rmtree(copy, ignore_errors=True)
+                copy.mkdir(mode=0o700)
+                with self._gate.inside():
+                    self._env.copy(str(copy), compact=True)
+                _sync_file(copy / "data.mdb")
+                (self.path / "lock.mdb").unlink(missing_ok=True)  # it speaks of the old file
+                os.replace(copy / "data.mdb", self._data)
+                _sync_file(self.path)
+                self._turns.note(is_synced=True)
+            except lmdb.Error as error:
+                raise self._error("copying", error) from error
+            except OSError as error:
+                raise StoreFullError(f"{self.path} was not compacted: {error.strerror}") from error
+            finally:
+                shutil.rmtree(copy, ignore_errors=True)
+
+    def _require_current(self) -> None:
+        if not self.is_current():
+            raise StoreMovedError(f"another file has taken the place of {self.path}")
 
     def sync(self) -> None:
         if not self.is_read_only:

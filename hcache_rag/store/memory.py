@@ -139,6 +139,12 @@ class MemoryBackend:
         with self.reading() as txn:
             return txn.used_bytes()
 
+    def is_current(self) -> bool:
+        return True
+
+    def compact(self, wait_s: float | None = None) -> None:
+        pass
+
     def sync(self) -> None:
         pass
 

@@ -6,15 +6,17 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
-from hcache_rag.errors import StoreError
+from hcache_rag.errors import StoreError, StoreMovedError
 from hcache_rag.store.backend import Backend, Transaction
 from hcache_rag.store.cipher import Cipher
 from hcache_rag.store.description import describe, ensure_namespace, put_namespace
 from hcache_rag.store.rows import NamespaceRows
 from hcache_rag.store.tables import Namespace, namespace_prefix, small_from_bytes
 from hcache_rag.store.texts import StoredTexts
+
+MAX_MOVES = 100
 
 logger = logging.getLogger("hcache_rag")
 
@@ -73,14 +75,26 @@ class Session:
 
     @property
     def backend(self) -> Backend:
-        """The backend, opened anew in a process that has inherited this session from another."""
+        """The backend.
+
+        Opened anew in a process that has inherited this session from another one, and where
+        another file has taken the place of the store's.
+        """
         if self._backend is None:
             raise StoreError(f"the store {self.path} is closed")
-        if self._pid != os.getpid() and self.reopen is not None:
+        if self.reopen is not None and self._is_stale(self._backend):
             with self._lock:
-                if self._pid != os.getpid():
+                before = self._backend
+                if before is not None and self._is_stale(before):
+                    is_inherited = self._pid != os.getpid()
                     self._backend, self._pid = self.reopen(), os.getpid()
+                    self._backend.limit(self.max_bytes)
+                    if not is_inherited:
+                        before.close()
         return self._backend
+
+    def _is_stale(self, backend: Backend) -> bool:
+        return self._pid != os.getpid() or not backend.is_current()
 
     @contextmanager
     def reading(self) -> Iterator[Transaction]:
@@ -97,10 +111,23 @@ class Session:
             wait_s: for somebody else who writes, instead of the session's own.
         """
         self.require_writable()
-        with self.backend.writing(self.wait_s if wait_s is None else wait_s) as txn:
+        wait_s = self.wait_s if wait_s is None else wait_s
+        with ExitStack() as stack:
+            txn = self._enter(stack, wait_s)
             self._follow(txn)
             self.require_writable()
             yield txn
+
+    def _enter(self, stack: ExitStack, wait_s: float | None) -> Transaction:
+        """Begin to write; another file may take the store's place while one waits for one's turn.
+
+        Raises:
+            StoreMovedError: that has happened `MAX_MOVES` times one after another.
+        """
+        for _ in range(MAX_MOVES):
+            with suppress(StoreMovedError):
+                return stack.enter_context(self.backend.writing(wait_s))
+        return stack.enter_context(self.backend.writing(wait_s))
 
     def _follow(self, txn: Transaction) -> None:
         """Others may have made the namespace meanwhile, or deleted it and made it anew."""
@@ -148,5 +175,5 @@ class Session:
     def close(self) -> None:
         """End the use of the backend. Closing twice does nothing."""
         if self._backend is not None:
-            backend, self._backend = self.backend, None
+            backend, self._backend = self._backend, None
             backend.close()
