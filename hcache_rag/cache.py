@@ -176,6 +176,13 @@ class RestoringLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Count only restored tokens again, so that a pass can follow."""
         self._length = self._cache.num_restored
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget so many tokens (a number below zero) that have come behind the prompt."""
+        length = self._length + tokens_to_remove
+        if tokens_to_remove > 0 or length < len(self._cache.position_of_slot):
+            raise ValueError(f"{-tokens_to_remove} tokens cannot be taken off {self._length}")
+        self._length = length
+
     def _views(self) -> tuple[Tensor, Tensor]:
         buffers = self._cache.buffers
         return (

@@ -179,6 +179,10 @@ class HCacheEngine:
         """Tokens of a prompt as it would be read."""
         return sum(len(piece.token_ids) for piece in self._resolve(prompt, None))
 
+    def prompt_tokens(self, prompt: str) -> TokenIds:
+        """The token ids (N,) of a prompt as it would be read."""
+        return self._compose(self._resolve(prompt, None)).token_ids
+
     def document_tokens(self, text: str) -> TokenIds:
         """The token ids (T,) that a document's state is kept for."""
         return self._tokens.document(text)
@@ -246,11 +250,16 @@ class HCacheEngine:
         )
 
     @contextmanager
-    def restoring(self, prompt: str) -> Iterator[tuple[Composition, RestoringCache]]:
+    def restoring(
+        self, prompt: str, *, room_tokens: int = 0
+    ) -> Iterator[tuple[Composition, RestoringCache]]:
         """A transformers cache on which the model's first forward pass reads what is fresh.
 
         For those who call the model themselves: pass it `composition.token_ids` and the cache.
         Nothing is repaired. The cache is valid inside the block.
+
+        Args:
+            room_tokens: that may follow the prompt.
 
         Raises:
             StateError: from recomputing, or from the pass, a state that cannot be used.
@@ -260,7 +269,7 @@ class HCacheEngine:
             span_sizes(composition, self._prefixes), len(composition.fresh_positions)
         )
         with (
-            self._buffers.borrow(len(composition.token_ids)) as buffers,
+            self._buffers.borrow(len(composition.token_ids) + room_tokens) as buffers,
             open_restoring(
                 self.adapter,
                 composition,

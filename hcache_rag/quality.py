@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,13 +45,34 @@ def divergence(references: list[Tensor], others: list[Tensor]) -> Divergence:
     """Compare logits (F, vocabulary) of the same prompts, position by position."""
     kls, tops, lasts = [], [], []
     for reference, other in zip(references, others, strict=True):
-        expected = reference.double().log_softmax(-1)
-        found = other.double().log_softmax(-1)
-        kl = (expected.exp() * (expected - found)).sum(-1)
-        kls.append(kl)
-        lasts.append(kl[-1:])
-        tops.append(expected.argmax(-1) == found.argmax(-1))
-    kl, top = torch.cat(kls), torch.cat(tops)
+        its = kl(reference, other)
+        kls.append(its)
+        lasts.append(its[-1:])
+        tops.append(reference.argmax(-1) == other.argmax(-1))
+    every, top = torch.cat(kls), torch.cat(tops)
     return Divergence(
-        float(kl.mean()), float(torch.cat(lasts).mean()), float(top.double().mean()), len(kl)
+        float(every.mean()), float(torch.cat(lasts).mean()), float(top.double().mean()), len(every)
     )
+
+
+def kl(reference: Tensor, other: Tensor) -> Tensor:
+    """KL(reference || other) in nats of the distributions of logits (n, vocabulary), (n,)."""
+    expected = reference.double().log_softmax(-1)
+    found = other.double().log_softmax(-1)
+    return (expected.exp() * (expected - found)).sum(-1)
+
+
+def rouge_l(reference: Sequence[str], other: Sequence[str]) -> float:
+    """ROUGE-L's F-measure (Lin, 2004): by the longest common subsequence of words; 1 if both are
+    empty.
+    """
+    if not reference or not other:
+        return float(not reference and not other)
+    lengths = [0] * (len(other) + 1)
+    for word in reference:
+        diagonal = 0
+        for place, candidate in enumerate(other, 1):
+            above = lengths[place]
+            lengths[place] = diagonal + 1 if word == candidate else max(above, lengths[place - 1])
+            diagonal = above
+    return 2 * lengths[-1] / (len(reference) + len(other))

@@ -1,0 +1,332 @@
+"""Are answers from restored documents as good as full prefill's, and peers'?
+
+    python benchmarks/bench_rag_qa.py [--data FILE] [--records N] [--half odd|even] [--retrieve K]
+                                      [--out FILE] [--figure FILE] [--quick] [--json]
+
+HotpotQA, SQuAD, MuSiQue, NQ-open and LongBench files; SmolLM2-135M-Instruct or `--model`. Each
+prompt is read in every way that follows, one after another:
+
+  full            full prefill by transformers: the reference
+  top 1, 2, 4     full prefill of the passages most like the question: what one could do instead
+  none            restored, nothing read again
+  epic, blend     peers at the balanced budget, see peers.py
+  fast, balanced, high   last-row repair of 5, 15, 30 %
+  exact           restored is only what follows its own words
+
+For each: F1 and EM as SQuAD counts them, whether a gold answer is in the answer, ROUGE-L against
+the full answer; KL of the next token against `full`, at the first token and over its whole answer;
+the same most probable first token; log-likelihood of the gold answer, per token, less that of
+`full`; tokens read; seconds to the first token. Intervals are paired bootstraps, 95 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import ROOT, Target, arguments, at_most, finish, machine, quiet_transformers
+from peers import cacheblend, epic_positions
+from qa import Record, exact_match, f1, read_records, substring_match
+
+from hcache_rag import HCacheEngine
+from hcache_rag.bundled import default_model_path
+from hcache_rag.models import load_model
+from hcache_rag.quality import kl, rouge_l
+from hcache_rag.repair import FIDELITY_SHARES, select_tokens
+from hcache_rag.trial import Reader, Reading, read_as_a_whole, trying
+
+PREAMBLE = "Answer the question from the passages in a few words.\n\n"
+NEW_TOKENS = 16
+BALANCED = FIDELITY_SHARES["balanced"]
+QUALITY = ("f1", "em", "in_answer", "rouge_l", "kl_first", "kl", "top1", "gold")
+METRICS = (*QUALITY, "tokens", "seconds")
+Row = dict[str, float]
+
+
+def main() -> None:
+    options = parsed()
+    quiet_transformers()
+    records = chosen(options)
+    model, tokenizer = load_model(options.model or str(default_model_path()), dtype="float32")
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-rag-qa-") as folder,
+        HCacheEngine(
+            model,
+            tokenizer,
+            folder,
+            preamble=PREAMBLE,
+            storage_dtype=options.storage_dtype,
+            fidelity="none",
+        ) as engine,
+    ):
+        mark = fingerprint(engine, options)
+        done = already(options.out, mark)
+        for number, record in enumerate(records):
+            if record.id not in done:
+                done[record.id] = judged(engine, record)
+                keep(options.out, mark, record.id, done[record.id])
+                if not options.quick:
+                    print(f"{number + 1} of {len(records)}", end="\r", flush=True)
+    results = {record.id: done[record.id] for record in records}
+    rows = table(results)
+    show(rows, len(results))
+    if options.figure:
+        draw(rows, options.figure)
+    facts = {**machine(), "run": mark, "records": len(results)}
+    finish(rows, targets(results), facts, options.json)
+
+
+def parsed() -> argparse.Namespace:
+    parser = arguments(__doc__.splitlines()[0] if __doc__ else None)
+    default = ROOT.parent / "shared" / "data" / "hotpotqa_100.json"
+    parser.add_argument("--data", type=Path, default=default)
+    parser.add_argument("--model", help="a folder; by default the bundled SmolLM2")
+    parser.add_argument("--storage-dtype", default="float32", help="what states are kept in")
+    parser.add_argument("--records", type=int, help="so many; with --quick 2")
+    parser.add_argument("--half", choices=("odd", "even"), help="every other record only")
+    parser.add_argument("--retrieve", type=int, help="so many passages out of all in the file")
+    parser.add_argument("--out", type=Path, help="keeps each record's results, to go on later")
+    parser.add_argument("--figure", type=Path, help="quality against tokens, as PNG")
+    options = parser.parse_args()
+    if not options.data.is_file():
+        raise SystemExit(f"{options.data} is no file; see --data")
+    return options
+
+
+def chosen(options: argparse.Namespace) -> list[Record]:
+    records = read_records(options.data)
+    if options.half:
+        records = records[options.half == "odd" :: 2]
+    records = records[: options.records or (2 if options.quick else None)]
+    return retrieved(records, options.retrieve) if options.retrieve else records
+
+
+def retrieved(records: Sequence[Record], top_k: int) -> list[Record]:
+    """The same questions, with the passages that are found for them among those of all."""
+    passages = list(dict.fromkeys(p for record in records for p in record.passages))
+    vectors, questions = embedded(passages), embedded([record.question for record in records])
+    import faiss
+
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
+    _, found = index.search(questions, top_k)
+    return [
+        Record(r.id, r.question, r.answers, tuple(passages[n] for n in numbers), r.kind)
+        for r, numbers in zip(records, found, strict=True)
+    ]
+
+
+def embedded(texts: Sequence[str]) -> Any:
+    from hcache_rag.llama_index.defaults import default_embedding
+
+    if not hasattr(embedded, "model"):
+        embedded.model = default_embedding()  # type: ignore[attr-defined]
+    found = embedded.model.get_text_embedding_batch(list(texts))  # type: ignore[attr-defined]
+    vectors = np.asarray(found, np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def prompt_of(passages: Sequence[str], question: str) -> str:
+    return f"{PREAMBLE}{chr(10).join(p + chr(10) for p in passages)}\nQuestion: {question}\nAnswer:"
+
+
+class Judge:
+    """Compares readings of one prompt with full prefill's."""
+
+    def __init__(self, engine: HCacheEngine, record: Record) -> None:
+        self._engine = engine
+        self._record = record
+        self._ends = {int(engine.tokenizer.eos_token_id)}
+        self._gold = self._ids(f" {record.answers[0]}")
+        self._reference: tuple[torch.Tensor, list[int], torch.Tensor, float, str] | None = None
+        self.rows: dict[str, Row] = {}
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._engine.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _text(self, ids: list[int]) -> str:
+        """The first line of an answer."""
+        text = str(self._engine.tokenizer.decode(ids, skip_special_tokens=True))
+        return text.partition("\n")[0].strip()
+
+    def add(self, name: str, reader: Reader, reading: Reading, more_s: float = 0.0) -> None:
+        """Judge a reading; the first one is the reference."""
+        first = reading.first
+        answer = reader.answer(first, NEW_TOKENS, self._ends)
+        gold = self._likelihood(reader, first)
+        text = self._text(answer)
+        if self._reference is None:
+            behind = torch.cat((first[None], reader.behind(answer)[:-1] if answer else first[:0]))
+            self._reference = first, answer, behind, gold, text
+        first_ref, answer_ref, behind_ref, gold_ref, text_ref = self._reference
+        behind = torch.cat((first[None], reader.behind(answer_ref[:-1])))
+        golds = self._record.answers
+        self.rows[name] = {
+            "f1": f1(text, golds),
+            "em": exact_match(text, golds),
+            "in_answer": substring_match(text, golds),
+            "rouge_l": rouge_l(text_ref.split(), text.split()),
+            "kl_first": float(kl(first_ref[None], first[None])[0]),
+            "kl": float(kl(behind_ref, behind[: len(behind_ref)]).mean()),
+            "top1": float(int(first.argmax()) == int(first_ref.argmax())),
+            "gold": gold - gold_ref,
+            "tokens": float(reading.tokens),
+            "seconds": reading.seconds + more_s,
+        }
+
+    def _likelihood(self, reader: Reader, first: torch.Tensor) -> float:
+        """Of the gold answer, per token."""
+        logits = torch.cat((first[None], reader.behind(self._gold[:-1])))
+        chosen = logits.double().log_softmax(-1)[range(len(self._gold)), self._gold]
+        return float(chosen.mean())
+
+
+def judged(engine: HCacheEngine, record: Record) -> dict[str, Row]:
+    """One record, read in every way."""
+    engine.precompute(record.passages)
+    prompt = prompt_of(record.passages, record.question)
+    judge = Judge(engine, record)
+    adapter = engine.adapter
+    with trying(engine, prompt, room_tokens=64) as trial:
+        token_ids = trial.composition.token_ids.tolist()
+        with read_as_a_whole(adapter, token_ids) as (reader, reading):
+            judge.add("full", reader, reading)
+        for count, passages in fewer(record).items():
+            ids = engine.prompt_tokens(prompt_of(passages, record.question)).tolist()
+            with read_as_a_whole(adapter, ids) as (reader, reading):
+                judge.add(f"top {count}", reader, reading)
+        nothing = trial.read(np.empty(0, np.int64))
+        restoring_s = max(0.0, trial.scoring_s - nothing.seconds)
+        judge.add("none", trial, nothing, restoring_s)
+        relocated = trial.relocated
+        budget = round(BALANCED * len(relocated))
+        judge.add("epic", trial, trial.read(epic_positions(trial, budget)), restoring_s)
+        judge.add("blend", trial, cacheblend(adapter, trial, budget), restoring_s)
+        positions = trial.composition.restored_positions[relocated]
+        for name in ("fast", "balanced", "high"):
+            best = round(FIDELITY_SHARES[name] * len(relocated))
+            again = select_tokens(trial.scores[relocated], positions, best)
+            judge.add(name, trial, trial.read(again), trial.scoring_s)
+        judge.add("exact", trial, trial.read(positions), restoring_s)
+    return judge.rows
+
+
+def fewer(record: Record) -> dict[int, list[str]]:
+    """The passages most like the question, in their order, for some counts."""
+    vectors = embedded([record.question, *record.passages])
+    order = np.argsort(-(vectors[1:] @ vectors[0]), kind="stable")
+    return {
+        count: [record.passages[n] for n in sorted(order[:count])]
+        for count in (1, 2, 4)
+        if count < len(record.passages)
+    }
+
+
+def fingerprint(engine: HCacheEngine, options: argparse.Namespace) -> str:
+    """Of all that decides the numbers but the records' choice."""
+    parts = (
+        engine.root.hex(),
+        hashlib.sha256(options.data.read_bytes()).hexdigest(),
+        options.storage_dtype,
+        str(options.retrieve),
+        PREAMBLE,
+        *(Path(__file__).with_name(name).read_text() for name in ("peers.py", "qa.py")),
+        Path(__file__).read_text(),
+    )
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def already(out: Path | None, mark: str) -> dict[str, dict[str, Row]]:
+    """What an earlier run with the same fingerprint has kept."""
+    if out is None or not out.is_file():
+        return {}
+    kept = [json.loads(line) for line in out.read_text().splitlines()]
+    return {item["id"]: item["rows"] for item in kept if item["run"] == mark}
+
+
+def keep(out: Path | None, mark: str, name: str, rows: dict[str, Row]) -> None:
+    if out is not None:
+        with out.open("a") as file:
+            file.write(json.dumps({"run": mark, "id": name, "rows": rows}) + "\n")
+
+
+def table(results: dict[str, dict[str, Row]]) -> list[dict[str, Any]]:
+    """A row for each way of reading: means, and intervals of KL and of F1 less that of `full`."""
+    rows = []
+    for name in next(iter(results.values())):
+        its = [rows_[name] for rows_ in results.values() if name in rows_]
+        row: dict[str, Any] = {"read": name, "n": len(its)}
+        row |= {metric: float(np.mean([r[metric] for r in its])) for metric in METRICS}
+        row["kl_first_95"] = interval([r["kl_first"] for r in its])
+        full = [rows_["full"]["f1"] for rows_ in results.values() if name in rows_]
+        row["f1_less_full_95"] = interval(np.subtract([r["f1"] for r in its], full))
+        rows.append(row)
+    return rows
+
+
+def interval(samples: Any, repeats: int = 4000) -> tuple[float, float]:
+    """95 % percentile bootstrap of the mean."""
+    values = np.asarray(samples, float)
+    drawn = np.random.default_rng(0).integers(0, len(values), (repeats, len(values)))
+    low, high = np.percentile(values[drawn].mean(1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def show(rows: Sequence[dict[str, Any]], count: int) -> None:
+    print(f"{count} records")
+    print(f"{'read':10}" + "".join(f"{metric:>10}" for metric in METRICS) + "   F1 - full, 95 %")
+    for row in rows:
+        low, high = row["f1_less_full_95"]
+        numbers = "".join(f"{row[metric]:10.3f}" for metric in QUALITY)
+        print(
+            f"{row['read']:10}{numbers}{row['tokens']:10.0f}{row['seconds']:10.2f}"
+            f"   [{low:+.3f}, {high:+.3f}]"
+        )
+
+
+def targets(results: dict[str, dict[str, Row]]) -> list[Target]:
+    """Ratios of means over records."""
+
+    def ratio(ours: str, theirs: str) -> float:
+        one, two = (
+            np.mean([rows[name]["kl_first"] for rows in results.values()])
+            for name in (ours, theirs)
+        )
+        return float(one / two)
+
+    return [
+        at_most(f"KL at the first token: balanced / {peer}", ratio("balanced", peer), 0.6)
+        for peer in ("blend", "epic")
+    ]
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """KL at the first token against the share of tokens that are read."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    full = next(row["tokens"] for row in rows if row["read"] == "full")
+    for row in rows:
+        low, high = row["kl_first_95"]
+        place = row["tokens"] / full
+        axes.errorbar(place, row["kl_first"], [[row["kl_first"] - low], [high - row["kl_first"]]])
+        axes.annotate(row["read"], (place, row["kl_first"]))
+    axes.set_xlabel("tokens read / full prefill")
+    axes.set_ylabel("KL at the first token, nats")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
