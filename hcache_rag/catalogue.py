@@ -41,7 +41,7 @@ class Catalogue:
 
     Args:
         root: the root of the state tree of the model and tokenizer in use.
-        parent: the path (preamble) that new states are stored after, looked up first.
+        parent: the path that new states are stored after, looked up first.
     """
 
     def __init__(

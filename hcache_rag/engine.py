@@ -80,6 +80,9 @@ class HCacheEngine:
             state was computed after the very tokens in front of them and keeps every bit. The
             others restore every document, and of the relocated ones' tokens repair a share: "high"
             30 %, "balanced" 15 %, "fast" 5 %, "none" 0, or a number from 0 to 1.
+        context_at_index: a text that stands between preamble and document while a document's state
+            is computed, and not in prompts; "" for none. A document that has seen another one is
+            nearer to what it is in a prompt behind others; it is never exact then.
         tokenization: "segmented" or "strict", see `hcache_rag.prompt.Tokenizer`.
         reference_mode: restore in transformers' own order of operations, slower.
         name: what a person calls the model.
@@ -102,10 +105,13 @@ class HCacheEngine:
         profile: HardwareProfile | Literal["auto"] | None = "auto",
         objective: Objective = LEAST_TIME,
         fidelity: Fidelity = "balanced",
+        context_at_index: str = "",
         tokenization: Tokenization = "segmented",
         reference_mode: bool = False,
         name: str | None = None,
     ) -> None:
+        if context_at_index and fidelity == "exact":
+            raise ValueError('with context_at_index no document is exact; fidelity is "exact"')
         self.fidelity = fidelity
         self.repair_share = repair_share(fidelity)
         self.adapter = ModelAdapter(model, name)
@@ -128,8 +134,10 @@ class HCacheEngine:
         self._prefixes = Prefixes(self.adapter, self.store, self.root)
         preamble_ids = self._tokens.preamble(preamble, add_bos=add_bos)
         self._parent = self._prefixes.add(self.root, preamble_ids)
+        context_ids = self._tokens.document(context_at_index.strip())
+        self._beside = self._prefixes.add(self._parent, context_ids)
         self.planner = Planner(self.adapter.spec, profile)
-        self._catalogue = Catalogue(self.store, self._tokens, self.root, self._parent)
+        self._catalogue = Catalogue(self.store, self._tokens, self.root, self._beside)
         self._buffers = BufferPool(self.adapter)
         self._indexer = Indexer(
             self.adapter,
@@ -139,6 +147,7 @@ class HCacheEngine:
             self.choice,
             self.root,
             PendingState(self._parent, preamble_ids, preamble),
+            PendingState(self._beside, context_ids, context_at_index),
             self._is_kept,
             profile.costs_of(self.adapter.spec) if profile is not None else None,
         )

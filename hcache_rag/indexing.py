@@ -76,7 +76,9 @@ class Indexer:
     Args:
         choice: what states keep, and why.
         root: of the model's state tree.
-        preamble: the state that texts are read after; its key is `root` where it has no tokens.
+        preamble: the state that prompts begin with; its key is `root` where it has no tokens.
+        context: the state after it that texts are read after; its key is the preamble's where it
+            has no tokens.
         is_kept: whether a state that is stored already in some layout will do.
         costs: of the model on this machine, where they are known.
     """
@@ -90,6 +92,7 @@ class Indexer:
         choice: LayoutChoice,
         root: StateKey,
         preamble: PendingState,
+        context: PendingState,
         is_kept: Callable[[StateLayout], bool] = lambda _layout: True,
         costs: ModelCosts | None = None,
     ) -> None:
@@ -100,6 +103,7 @@ class Indexer:
         self._choice = choice
         self._root = root
         self._preamble = preamble
+        self._context = context
         self._is_kept = is_kept
         self._costs = costs
         self._one_at_a_time = threading.Lock()
@@ -156,14 +160,14 @@ class Indexer:
             else:
                 yield [record]
         for batch in batches(left):
-            records, num_bytes = self._store_batch(batch, self._preamble.key)
+            records, num_bytes = self._store_batch(batch, self._context.key)
             sums.tokens += sum(record.num_tokens for record in records)
             sums.num_bytes += num_bytes
             yield records
 
     def _continue(self, state: PendingState, sums: _Sums) -> StateRecord | None:
         """Store a state that begins as a stored one; None where there is none such."""
-        layout, parent = self._choice.layout, self._preamble.key
+        layout, parent = self._choice.layout, self._context.key
         try:
             found = beginning_of(self._store, parent, layout, state.text, state.token_ids)
             if found is None:
@@ -182,7 +186,7 @@ class Indexer:
 
     def _store_continued(self, state: PendingState, found: Beginning) -> tuple[StateRecord, int]:
         after = cache_with(self._adapter, self._store, self._prefixes, found)
-        layout, parent = self._choice.layout, self._preamble.key
+        layout, parent = self._choice.layout, self._context.key
         rest = state.token_ids[found.num_tokens :].tolist()
         captured = self._adapter.capture([rest], [f.representation for f in layout.layers], after)
         record = StateRecord(
@@ -198,11 +202,12 @@ class Indexer:
         pending: dict[StateKey, PendingState] = {}
         reused: set[StateKey] = set()
         skipped: list[tuple[str, str]] = []
-        room = self._adapter.spec.window_tokens - len(self._preamble.token_ids)
+        before = len(self._preamble.token_ids) + len(self._context.token_ids)
+        room = self._adapter.spec.window_tokens - before
         for text in texts:
             stripped = text.strip()
             token_ids = self._tokenizer.document(stripped)
-            key = child_key(self._preamble.key, token_ids)
+            key = child_key(self._context.key, token_ids)
             if not len(token_ids):
                 skipped.append((stripped[:40], "empty"))
             elif len(token_ids) > room:
@@ -221,14 +226,16 @@ class Indexer:
         return record is not None and self._is_kept(record.layout)
 
     def _begin(self, on_stored: Callable[[StateRecord], None]) -> None:
-        """Say in the store what will be kept, and store the preamble's state if it is missing."""
+        """Say in the store what will be kept, and store what texts are read after."""
         choice = self._choice
         name = self._adapter.spec.name
         self._store.name_model(self._root, name, str(choice.layout), choice.reason)
-        preamble = self._preamble
-        if preamble.key != self._root and not self._has(preamble.key):
-            (record,), _ = self._store_batch([preamble], self._root, is_preamble=True)
-            on_stored(record)
+        parent = self._root
+        for state in (self._preamble, self._context):
+            if state.key != parent and not self._has(state.key):
+                (record,), _ = self._store_batch([state], parent, is_preamble=True)
+                on_stored(record)
+            parent = state.key
 
     def _store_batch(
         self, batch: Sequence[PendingState], parent: StateKey, *, is_preamble: bool = False
