@@ -51,11 +51,11 @@ QUALITY = ("f1", "em", "in_answer", "rouge_l", "kl_first", "kl", "top1", "gold")
 METRICS = (*QUALITY, "tokens", "seconds")
 WAYS = ("top", "epic", "blend", "fast", "balanced", "high", "exact")
 STAND_IN = (
-    "The lighthouse on the northern cape was built of grey granite by local masons. Its lamp turned "
-    "once every twelve seconds, and on clear nights the light could be seen from more than twenty "
-    "miles away. Keepers lived in a small house beside the tower with their families, grew "
-    "vegetables behind a stone wall, and wrote down the weather three times a day. Supplies came by "
-    "boat whenever the sea was calm enough to land."
+    "The lighthouse on the northern cape was built of grey granite by local masons. Its lamp "
+    "turned once every twelve seconds, and on clear nights the light could be seen from more than "
+    "twenty miles away. Keepers lived in a small house beside the tower with their families, grew "
+    "vegetables behind a stone wall, and wrote down the weather three times a day. Supplies came "
+    "by boat whenever the sea was calm enough to land."
 )
 Row = dict[str, float]
 

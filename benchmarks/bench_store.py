@@ -5,6 +5,8 @@
   reading    a document's values in the order of a restore, verified, against reading a plain file
              of the same bytes from its beginning to its end; warm, and with the page cache dropped
   unverified the same without checksums: what verifying costs
+  encrypted  verified and warm, from an encrypted namespace, against a plain one of the same store
+  namespaces verified and warm, from the last of fifty namespaces, against the first of them
   writing    documents in batches, each batch synced, against writing and syncing plain files
   opening    a process opens a store of so many documents and searches its first prompt; its memory
   matching   searching a prompt that holds ten of them, and reading their records
@@ -43,6 +45,7 @@ SPEC = MODELS["llama-3-8b"]
 LAYOUT = StateLayout.of(SPEC, [LayerFormat(Representation.KV, "int8")] * SPEC.num_layers)
 ROOT = root_key("a model", "a tokenizer")
 TOKENS = 512
+KEY = bytes(range(32))
 WORDS = [a + b for a in ("ba", "ko", "mi", "tu", "re", "sa") for b in ("n", "rt", "lla", "s", "xi")]
 
 
@@ -60,6 +63,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-store-", dir=".") as place:
         folder = Path(place)
         found = reading_and_writing(folder, 6 if options.quick else 24, 3 if options.quick else 9)
+        found |= namespaces(folder / "namespaces", 2 if options.quick else 8, 9)
         for name, (ours, plain, bound) in found.items():
             ratio = ratio_of_pairs(ours, plain)
             rows.append(
@@ -125,6 +129,31 @@ def reading_and_writing(folder: Path, count: int, repeats: int) -> dict[str, Com
     return found
 
 
+def namespaces(folder: Path, count: int, repeats: int) -> dict[str, Compared]:
+    """Bytes a second from an encrypted namespace and from the last of many, without a target.
+
+    In pairs with a plain one and with the first. The namespaces in between hold a part of a
+    document each.
+    """
+    states = [document(number) for number in range(count)]
+    part = NewState(states[0].record, list(states[0].values)[:4])
+    first, *between, last = (f"namespace {number}" for number in range(1, 51))
+    for name, key in ((first, None), *((b, None) for b in between), (last, None), ("sealed", KEY)):
+        with StateStore.open(folder, namespace=name, key=key, durability="fast") as store:
+            store.put_all([part] if name in between else states)
+    found: dict[str, Compared] = {}
+    for what, name, key in (
+        ("reading, warm, encrypted", "sealed", KEY),
+        ("reading, warm, 50th namespace", last, None),
+    ):
+        ours, theirs = [], []
+        for _ in range(repeats + 1):
+            ours.append(_rated(states, partial(_read, folder, states, True, name, key)))
+            theirs.append(_rated(states, partial(_read, folder, states, True, first)))
+        found[what] = (ours[1:], theirs[1:], 0.0)
+    return found
+
+
 def _rated(states: Sequence[NewState], work: Callable[[], object]) -> float:
     """Bytes a second."""
     num_bytes = sum(len(value) for state in states for _, _, value in state.values)
@@ -147,8 +176,15 @@ def _write_plain(path: Path, states: Sequence[NewState]) -> None:
                 os.fsync(file.fileno())
 
 
-def _read(path: Path, states: Sequence[NewState], verify: bool) -> None:
-    with StateStore.open(path, read_only=True) as store, store.reading() as reader:
+def _read(
+    path: Path,
+    states: Sequence[NewState],
+    verify: bool,
+    namespace: str = "default",
+    key: bytes | None = None,
+) -> None:
+    opened = StateStore.open(path, namespace=namespace, key=key, read_only=True)
+    with opened as store, store.reading() as reader:
         for state in states:
             shape = codec.ChunkShape(LAYOUT.layers[0], min(TOKENS, LAYOUT.chunk_tokens), SPEC)
             for layer, chunk, _ in state.values:
