@@ -24,7 +24,7 @@ from commands import Outcome, Run, assert_one_error_line, assert_usage_error
 from fakes import save_gpt2, save_tiny_model
 from tiny import Shape, byte_tokenizer, tiny_model
 
-from hcache_rag import StateStore
+from hcache_rag import StateStore, __version__
 from hcache_rag.llama_index.vectors import VectorIndex
 
 COMMANDS = {
@@ -234,6 +234,26 @@ def test_ask_without_its_states_reads_and_says_so(
     answer = json.loads(outcome.out)
     assert answer["provenance"]["documents_missed"] == 3
     assert answer["text"] == json.loads(before.out)["text"]
+
+
+def test_ask_takes_a_share_as_its_fidelity(
+    run: Run, model: str, folder: Path, tmp_path: Path
+) -> None:
+    """So many of the relocated tokens are read again; what is no share is refused."""
+    run("index", folder, "--store", tmp_path / "store", "--model", model)
+    asked = ("ask", "Which?", "--store", tmp_path / "store")
+    found = json.loads(run(*asked, "--json", "--fidelity", "0.5").out)["provenance"]
+    relocated = found["relocated_tokens"] + found["repaired_tokens"]
+    assert found["repaired_tokens"] == round(0.5 * relocated) > 0
+    for wrong in ("2", "-0.1", "nan", "half"):
+        outcome = run(*asked, "--fidelity", wrong)
+        assert outcome.code == 2
+        assert "--fidelity" in outcome.err
+
+
+def test_the_version_is_shown(run: Run) -> None:
+    outcome = run("--version")
+    assert (outcome.code, outcome.out.strip()) == (0, f"hcache-rag {__version__}")
 
 
 def test_stats_prints_a_table(run: Run, model: str, folder: Path, tmp_path: Path) -> None:

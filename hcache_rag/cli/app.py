@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from hcache_rag import __version__
 from hcache_rag.cli import keeping, planning
 from hcache_rag.cli.console import (
     DEFAULT_STORE,
@@ -45,6 +46,22 @@ def main() -> None:
     """Run the command line; every foreseeable failure is one line and exit code 1."""
     logging.getLogger("hcache_rag").addHandler(logging.NullHandler())  # warnings are printed here
     app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"hcache-rag {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def every_command(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", help="Show it and exit.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Let a local language model read each document once, and answer from what it kept."""
 
 
 @app.command()
@@ -141,12 +158,16 @@ def ask(
     top_k: Annotated[int, typer.Option(min=1, help="Passages to answer from.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
     fidelity: Annotated[
-        str, typer.Option(help="Closeness to full prefill: exact, high, balanced, fast or none.")
+        str,
+        typer.Option(
+            help="Closeness to full prefill: exact, high, balanced, fast, none, or the share of "
+            "relocated tokens that is read again, such as 0.2."
+        ),
     ] = "balanced",
     as_json: JsonOption = False,
 ) -> None:
     """Answer QUESTION from an index."""
-    one_of("--fidelity", fidelity, ("exact", "high", "balanced", "fast", "none"))
+    dial = _position(fidelity)
     from hcache_rag.llama_index.vectors import read_manifest
 
     persist_dir = store.expanduser()
@@ -156,7 +177,7 @@ def ask(
         from hcache_rag.llama_index.folder import ask as ask_index
 
         llm = ModelChoice.of(persist_dir).load(
-            persist_dir, max_new_tokens=max_new_tokens, fidelity=fidelity
+            persist_dir, max_new_tokens=max_new_tokens, fidelity=dial
         )
     with quiet_transformers():
         answer = ask_index(
@@ -245,3 +266,19 @@ def _reading_bar(show: bool) -> Iterator[Callable[[int, int], None]]:
             progress.update(task, description="reading documents", completed=done, total=total)
 
         yield advance
+
+
+def _position(fidelity: str) -> str | float:
+    """A position of the dial, by name or as a share.
+
+    Raises:
+        typer.BadParameter: neither.
+    """
+    try:
+        share = float(fidelity)
+    except ValueError:
+        one_of("--fidelity", fidelity, ("exact", "high", "balanced", "fast", "none"))
+        return fidelity
+    if not 0 <= share <= 1:
+        raise typer.BadParameter(f"{fidelity} is not a share from 0 to 1", param_hint="--fidelity")
+    return share
