@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,16 +41,22 @@ class Catalogue:
     Args:
         root: the root of the state tree of the model and tokenizer in use.
         parent: the path that new states are stored after, looked up first.
+        announced: texts that are documents, with a state or without.
     """
 
     def __init__(
-        self, store: StateStore, tokenizer: Tokenizer, root: StateKey, parent: StateKey
+        self,
+        store: StateStore,
+        tokenizer: Tokenizer,
+        root: StateKey,
+        parent: StateKey,
+        announced: TextSet,
     ) -> None:
         self._store = store
         self._tokenizer = tokenizer
         self._root = root
         self._parent = parent
-        self._announced = TextSet()
+        self._announced = announced
         self._damaged: dict[StateKey, tuple[str, str]] = {}
 
     def num_foreign(self) -> int:
@@ -60,10 +65,6 @@ class Catalogue:
         if self._root in totals and totals[self._root].documents:
             return 0
         return sum(sums.documents for sums in totals.values())
-
-    def announce(self, texts: Iterable[str]) -> None:
-        """These texts are documents, with a state or without."""
-        self._announced.add(texts)
 
     def mark_damaged(self, key: StateKey, text: str, reason: str) -> None:
         """A state turned out to be unusable: do not look at it again until it is stored anew."""

@@ -34,11 +34,12 @@ from hcache_rag.errors import (
 )
 from hcache_rag.executor import open_restoring, span_sizes
 from hcache_rag.generation import GenerationOptions, decode
+from hcache_rag.identity import tokenizer_fingerprint
 from hcache_rag.indexing import Indexer, PendingState, PrecomputeReport
 from hcache_rag.lanes import Cancelled
 from hcache_rag.layout import StateLayout
 from hcache_rag.measure import find_profile
-from hcache_rag.models import ModelAdapter, tokenizer_fingerprint
+from hcache_rag.models import ModelAdapter
 from hcache_rag.openmp import give_back_threads, lent_threads
 from hcache_rag.planner import Planner
 from hcache_rag.prefixes import Prefixes
@@ -49,6 +50,7 @@ from hcache_rag.repair import begin_repair, repair_share
 from hcache_rag.state import StateKey, StateRecord, TokenIds, root_key
 from hcache_rag.store import StateStore
 from hcache_rag.streaming import GenerationStream
+from hcache_rag.texts import TextSet
 
 logger = logging.getLogger("hcache_rag")
 
@@ -125,20 +127,34 @@ class HCacheEngine:
             profile = find_profile(store.path if isinstance(store, StateStore) else store)
         self.choice = self._choose(representation, storage_dtype, profile, objective)
         self._is_asked_for = representation != "auto" or storage_dtype is not None
-        self.root = root_key(self.adapter.fingerprint, tokenizer_fingerprint(tokenizer))
         self.reference_mode = reference_mode
         self.add_bos = add_bos
         self.preamble = preamble
+        self.context_at_index = context_at_index
+        self._profile = profile
         self._owns_store = not isinstance(store, StateStore)
         self.store = store if isinstance(store, StateStore) else StateStore.open(store)
-        self._prefixes = Prefixes(self.adapter, self.store, self.root)
-        preamble_ids = self._tokens.preamble(preamble, add_bos=add_bos)
-        self._parent = self._prefixes.add(self.root, preamble_ids)
-        context_ids = self._tokens.document(context_at_index.strip())
-        self._beside = self._prefixes.add(self._parent, context_ids)
         self.planner = Planner(self.adapter.spec, profile)
-        self._catalogue = Catalogue(self.store, self._tokens, self.root, self._beside)
         self._buffers = BufferPool(self.adapter)
+        self._announced = TextSet()
+        self._warned: set[str] = set()
+        self._rebinding = threading.Lock()
+        self._bind()
+        self._warn_if_foreign()
+        give_back_threads()  # the model has been loaded here; requests may come from elsewhere
+
+    def _bind(self) -> None:
+        """Find, and store, the states of the model as it is now."""
+        self.root = root_key(self.adapter.fingerprint, tokenizer_fingerprint(self.tokenizer))
+        self._prefixes = Prefixes(self.adapter, self.store, self.root)
+        preamble_ids = self._tokens.preamble(self.preamble, add_bos=self.add_bos)
+        self._parent = self._prefixes.add(self.root, preamble_ids)
+        context_ids = self._tokens.document(self.context_at_index.strip())
+        self._beside = self._prefixes.add(self._parent, context_ids)
+        self._catalogue = Catalogue(
+            self.store, self._tokens, self.root, self._beside, self._announced
+        )
+        costs = self._profile.costs_of(self.adapter.spec) if self._profile is not None else None
         self._indexer = Indexer(
             self.adapter,
             self.store,
@@ -146,14 +162,19 @@ class HCacheEngine:
             self._prefixes,
             self.choice,
             self.root,
-            PendingState(self._parent, preamble_ids, preamble),
-            PendingState(self._beside, context_ids, context_at_index),
+            PendingState(self._parent, preamble_ids, self.preamble),
+            PendingState(self._beside, context_ids, self.context_at_index),
             self._is_kept,
-            profile.costs_of(self.adapter.spec) if profile is not None else None,
+            costs,
         )
-        self._warned: set[str] = set()
-        self._warn_if_foreign()
-        give_back_threads()  # the model has been loaded here; requests may come from elsewhere
+
+    def _follow_model(self) -> None:
+        """Weights may have been written, or adapters switched, since the last request."""
+        if self.adapter.is_changed:
+            with self._rebinding:
+                if self.adapter.is_changed:
+                    self.adapter = ModelAdapter(self.adapter.model, self.adapter.spec.name)
+                    self._bind()
 
     @lent_threads()
     def precompute(
@@ -173,6 +194,7 @@ class HCacheEngine:
         Raises:
             StoreFullError: no room; what was stored before stays.
         """
+        self._follow_model()
         return self._indexer.precompute(texts, self._stored, on_progress)
 
     def _stored(self, record: StateRecord) -> None:
@@ -182,7 +204,7 @@ class HCacheEngine:
 
     def announce(self, texts: Iterable[str]) -> None:
         """Say that these texts are documents, so that a missing state is noticed and counted."""
-        self._catalogue.announce(texts)
+        self._announced.add(texts)
 
     def count_tokens(self, prompt: str) -> int:
         """Tokens of a prompt as it would be read."""
@@ -332,6 +354,7 @@ class HCacheEngine:
         return self.fidelity != "exact" or layout.is_lossless(self.adapter.spec.dtype)
 
     def _resolve(self, prompt: str, add_bos: bool | None) -> list[ResolvedPiece]:
+        self._follow_model()
         bos = self.add_bos if add_bos is None else add_bos
         return [self._usable(piece) for piece in self._catalogue.resolve(prompt, add_bos=bos)]
 

@@ -7,8 +7,6 @@ are removed when their block ends. Knows neither storage nor plans.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from hcache_kernels import fold_projection
 from hcache_rag.errors import ModelNotFoundError, UnsupportedModelError
+from hcache_rag.identity import model_fingerprint, signs_of_change, unwrapped
 from hcache_rag.layout import Representation
 from hcache_rag.spec import ModelSpec
 
@@ -70,7 +68,7 @@ class ModelAdapter:
     """A loaded decoder, seen as capturing and restoring see it.
 
     Args:
-        model: a transformers causal language model of one of `FAMILIES`.
+        model: a transformers causal language model of one of `FAMILIES`, or a `PeftModel` of one.
         name: what a person calls it; by default the path that it was loaded from.
 
     Raises:
@@ -78,6 +76,7 @@ class ModelAdapter:
     """
 
     def __init__(self, model: PreTrainedModel, name: str | None = None) -> None:
+        model = unwrapped(model)
         config = model.config
         family = FAMILIES.get(config.model_type)
         if family is None:
@@ -100,6 +99,7 @@ class ModelAdapter:
             str(model.dtype).removeprefix("torch."),
         )
         _check_projections(self)
+        self._signs = signs_of_change(model)
 
     @property
     def device(self) -> torch.device:
@@ -113,15 +113,13 @@ class ModelAdapter:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of every weight and of the configuration that decides what they compute."""
-        ignored = ("_name_or_path", "transformers_version", "architectures", "use_cache")
-        config = {k: v for k, v in self.model.config.to_dict().items() if k not in ignored}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, tensor in self.model.state_dict().items():
-            raw = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(xxhash.xxh3_128_digest(raw))
-        return digest.hexdigest()
+        """See `hcache_rag.identity.model_fingerprint`."""
+        return model_fingerprint(self.model)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether weights, or which adapters are in use, are others than when this was made."""
+        return signs_of_change(self.model) != self._signs
 
     def position_embeddings(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The model's own RoPE cosines and sines, (T, D) each, at `positions` (T,)."""
@@ -256,20 +254,6 @@ def inputs_of(module: nn.Module, take: Callable[[Tensor], None]) -> Iterator[Non
         handle.remove()
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of everything that decides a fast tokenizer's ids.
-
-    Raises:
-        UnsupportedModelError: a slow tokenizer, which gives no character offsets.
-    """
-    if not tokenizer.is_fast:
-        raise UnsupportedModelError(
-            f"{type(tokenizer).__name__} is a slow tokenizer; a fast one (tokenizer.json) is needed"
-        )
-    state = tokenizer.backend_tokenizer.to_str()
-    return hashlib.sha256(state.encode()).hexdigest()
-
-
 def load_config(path: str) -> Any:
     """The configuration of the model in a folder, without its weights, offline.
 
@@ -356,6 +340,9 @@ def spec_of(config: Any, name: str, dtype: str) -> ModelSpec:
     sliding = getattr(config, "sliding_window", None)
     if sliding and getattr(config, "use_sliding_window", True):
         window = min(window, int(sliding))
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type") == "longrope":  # behind that, every position gets other factors
+        window = min(window, int(rope.get("original_max_position_embeddings") or window))
     try:
         return _spec_of(config, name, dtype, head_dim, window)
     except ValueError as error:
