@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, normalizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from hcache_rag import GenerationOptions, HCacheEngine, StateStore
+from hcache_rag import GenerationOptions, HCacheEngine, PromptTooLongError, StateStore
 from hcache_rag.errors import UnsupportedModelError
 from hcache_rag.identity import tokenizer_fingerprint
 from hcache_rag.models import ModelAdapter
@@ -570,3 +570,20 @@ def test_a_model_that_changes_under_a_running_engine(
     assert answer.token_ids == Reader(model).own(ONE)
     assert answer.provenance.restored_tokens == 0
     assert engine.precompute([A, B]).stored == 2
+
+
+def test_factors_that_change_with_the_length_end_the_window(store: StateStore) -> None:
+    """longrope rotates all positions otherwise, once a sequence passes the first window."""
+    model = tiny_model(LLAMA)
+    half = model.config.head_dim // 2
+    model.config.rope_parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0] * half,
+        "long_factor": [4.0] * half,
+        "original_max_position_embeddings": 128,
+    }
+    engine = HCacheEngine(model, byte_tokenizer(), store)
+    assert engine.adapter.spec.window_tokens == 128
+    with pytest.raises(PromptTooLongError, match="128 tokens"):
+        engine.generate("x" * 130)
