@@ -312,14 +312,15 @@ def torch_dtype(name: str) -> torch.dtype:
 def tensor_of(words: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
     """An array's memory as a tensor of elements of the same width; nothing is copied.
 
-    The array may be read-only: the tensor must not be written then, nor outlive the array's
-    memory, which it does not keep alive.
+    The array may be read-only: the tensor must not be written then. It keeps the array alive, but
+    not the transaction of a store that the array is a view into.
     """
     address = words.__array_interface__["data"][0]
     if address % dtype.itemsize:  # LMDB puts small values anywhere
         words = words.copy()
         return torch.from_numpy(words).view(dtype)
-    memory = (ctypes.c_char * words.nbytes).from_address(address)
+    memory: Any = (ctypes.c_char * words.nbytes).from_address(address)
+    memory.owner = words  # the tensor keeps the memory, and so what it is a part of
     return torch.frombuffer(memory, dtype=dtype).view(words.shape)
 
 

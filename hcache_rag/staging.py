@@ -20,7 +20,7 @@ Chunk: TypeAlias = tuple[Tensor, ...]
 
 
 def chunk_tensors(fmt: LayerFormat, arrays: Sequence[Words], tokens: int) -> Chunk:
-    """The first `tokens` tokens of a decoded chunk; nothing is copied, nor kept alive.
+    """The first `tokens` tokens of a decoded chunk; nothing is copied.
 
     Runs on the reading lane, so that the model need not wait for it.
     """

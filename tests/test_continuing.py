@@ -7,6 +7,7 @@ import string
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -175,6 +176,25 @@ def test_answers_from_a_continued_state_are_transformers_own(name: str, store: S
     answer = engine.generate(prompt, options=options)
     assert list(answer.token_ids) == list(expected)
     assert answer.provenance.exact_tokens >= len(CHANGED)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_is_sealed_is_restored_as_what_is_not(name: str, tmp_path: Path) -> None:
+    """An encrypted namespace and a plain one, the same answers: what is decrypted must be kept."""
+    shape, answers = SHAPES[2], []
+    texts = [DOCUMENT, CHANGED, words(500, 11), words(700, 12)]
+    prompt = PREAMBLE + "\n\n".join(texts) + QUESTION
+    for number, key in enumerate((None, bytes(range(32)))):
+        with StateStore.open(tmp_path / str(number), key=key) as store:
+            engine = engine_of(shape, store, name)
+            engine.precompute(texts[:1])
+            assert engine.precompute(texts).continued == 1
+            options = GenerationOptions(max_new_tokens=16, temperature=0.0, extra=PRINTABLE)
+            for _ in range(3):
+                found = engine.generate(prompt, options=options)
+                assert found.provenance.restored_tokens > sum(map(len, texts)) - 10
+                answers.append(found.token_ids)
+    assert len(set(answers)) == 1
 
 
 @pytest.mark.parametrize("name", ["kv", "int8"])

@@ -129,6 +129,41 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, data: bytes) -> Non
     assert (tmp_path / "data.mdb").read_bytes() == data
 
 
+def test_free_pages_may_be_missing_at_the_end(tmp_path: Path) -> None:
+    """What a transaction took there and gave back, it has not written; the file is whole."""
+    short = 0
+    for number in range(40):
+        path = tmp_path / str(number)
+        source = random.Random(number)
+        with StateStore.open(path, durability="fast") as store:
+            for n in range(source.randint(5, 25)):
+                record = a_record(n, tokens=source.choice((1, 40, 400)))
+                store.put_all([a_state(record, [f"owner {n % 3}"])])
+            store.delete_owner("owner 0", "owner 1")
+            last = store._live._env.info()["last_pgno"]  # type: ignore[attr-defined]
+        short += (path / "data.mdb").stat().st_size < (last + 1) * PAGE
+        assert problems(path / "data.mdb") == []
+    assert short > 0
+
+
+def test_a_file_that_has_lost_everything_is_not_a_new_one(path: Path) -> None:
+    (path / "data.mdb").write_bytes(b"")
+    for read_only in (True, False):
+        with pytest.raises(DamagedStoreError):
+            StateStore.open(path, read_only=read_only)
+
+
+def test_closing_does_not_vouch_for_what_something_else_has_put_there(path: Path) -> None:
+    with StateStore.open(path) as store:
+        data = bytearray((path / "data.mdb").read_bytes())
+        data[10 * PAGE : 14 * PAGE] = bytes(4 * PAGE)
+        (path / "new").write_bytes(data)
+        (path / "new").replace(path / "data.mdb")
+        assert store.record(RECORDS[0].key) is None
+    with pytest.raises(DamagedStoreError):
+        StateStore.open(path)
+
+
 # --- when it is looked for ----------------------------------------------------------------------
 
 

@@ -9,10 +9,10 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lmdb
 import pytest
@@ -20,8 +20,8 @@ from test_store import a_record, run, stored, values
 
 import hcache_rag.store.lmdb_backend as lmdb_backend
 from hcache_rag.errors import StoreBusyError, StoreError, StoreFullError
+from hcache_rag.state import StateRecord
 from hcache_rag.store import StateStore
-from hcache_rag.store.pages import problems
 
 PATIENCE_S = 60.0
 
@@ -274,91 +274,7 @@ def test_durabilities_do_not_mix_in_a_process(tmp_path: Path) -> None:
             assert stored(reader, a_record(1).key) == list(values(1))
 
 
-# --- compacting ---------------------------------------------------------------------------------
-
-
-def test_compacting_gives_room_back_and_keeps_everything(tmp_path: Path) -> None:
-    """Here, in another opening, in another process, and after a restart."""
-    path = tmp_path / "store"
-    with StateStore.open(path) as store, StateStore.open(path, namespace="other") as other:
-        other.put(a_record(50), values(50))
-        for number in range(20):
-            store.put(a_record(number), values(number, 100_000))
-        for number in range(0, 20, 2):
-            store.delete(a_record(number).key)
-        before, left = store.file_bytes(), {a_record(number).key for number in range(1, 20, 2)}
-        assert store.compact() == before - store.file_bytes() > before / 3
-        assert store.compact() < before / 30
-        for _ in range(2):
-            assert {record.key for record in store.records()} == left
-            assert stored(store, a_record(3).key) == list(values(3, 100_000))
-            assert [record.key for record in other.records()] == [a_record(50).key]
-            with StateStore.open(path, read_only=True) as again:
-                assert {record.key for record in again.records()} == left
-            other.delete(a_record(50).key)
-            other.put(a_record(50), values(50))
-        assert not (path / "compact").exists()
-    assert problems(path / "data.mdb") == []
-
-
-def test_who_reads_while_a_store_is_compacted_reads_on(tmp_path: Path) -> None:
-    """What is under way sees the old file, and what comes next the new one."""
-    path = tmp_path / "store"
-    with StateStore.open(path) as store, StateStore.open(path, read_only=True) as reading:
-        for number in range(10):
-            store.put(a_record(number), values(number, 50_000))
-        for number in range(5):
-            store.delete(a_record(number).key)
-        with reading.reading() as reader:
-            store.compact()
-            store.delete(a_record(9).key)
-            for layer, chunk, value in values(9, 50_000):
-                assert reader.value(a_record(9).key, layer, chunk) == value
-        assert {r.key for r in reading.records()} == {a_record(n).key for n in range(5, 9)}
-
-
-def test_another_process_writes_while_a_store_is_compacted(tmp_path: Path) -> None:
-    """It finds the new file each time; of what either has written nothing is lost."""
-    path = tmp_path / "store"
-    with StateStore.open(path, write_wait_s=PATIENCE_S) as store:
-        store.put(a_record(99), values(99))
-        child = run(
-            """
-with StateStore.open(sys.argv[1], write_wait_s=60) as store:
-    print("open", flush=True)
-    for number in range(60):
-        store.put(a_record(number), values(number))
-        assert stored(store, a_record(number).key) == list(values(number)), number
-        assert a_record(99).key in store
-""",
-            path,
-        )
-        assert child.stdout is not None
-        assert child.stdout.readline() == "open\n"
-        rounds = 15
-        for number in range(rounds):
-            store.compact()
-            store.put(a_record(1000 + number), values(number))
-        assert child.wait(PATIENCE_S) == 0, child.communicate()[1]
-        expected = [*range(60), 99, *range(1000, 1000 + rounds)]
-        assert {r.key for r in store.records()} == {a_record(number).key for number in expected}
-    assert problems(path / "data.mdb") == []
-
-
-def test_compacting_without_room_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise lmdb.DiskError("mdb_env_copy2: No space left on device")
-
-    with StateStore.open(tmp_path / "store") as store:
-        store.put(a_record(1), values(1))
-        monkeypatch.setattr(lmdb_backend, "_sync_file", full)
-        with pytest.raises(StoreFullError, match="No space left"):
-            store.compact()
-        assert stored(store, a_record(1).key) == list(values(1))
-        assert not (tmp_path / "store" / "compact").exists()
-        store.put(a_record(2), values(2))
+# --- files that are replaced --------------------------------------------------------------------
 
 
 def test_a_store_that_is_deleted_while_it_is_open_takes_no_more(tmp_path: Path) -> None:
@@ -370,3 +286,38 @@ def test_a_store_that_is_deleted_while_it_is_open_takes_no_more(tmp_path: Path) 
         with pytest.raises(StoreError):
             store.put(a_record(2), values(2))
         assert a_record(1).key not in store
+
+
+def test_generators_may_end_in_any_order(tmp_path: Path) -> None:
+    """Two walks over all records, of which the first ends first; then the map is changed."""
+    with StateStore.open(tmp_path / "store") as store:
+        for number in range(3):
+            store.put(a_record(number), values(number))
+        first, second = (
+            cast(Generator[StateRecord, None, None], store.records()) for _ in range(2)
+        )
+        next(first), next(second)
+        first.close()
+        StateStore.open(tmp_path / "store", max_bytes=1 << 24).close()
+        second.close()
+        with StateStore.open(tmp_path / "store", max_bytes=1 << 23) as limited:
+            assert limited.max_bytes == 1 << 23
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_leaves_what_its_parent_reads(tmp_path: Path) -> None:
+    """A thread reads while another one forks; the child may not end that, nor end it by ending."""
+    with StateStore.open(tmp_path / "store") as store:
+        store.put(a_record(1), values(1))
+        with store.reading() as reader:
+            assert in_a_fork(lambda: None) == 0
+            readers = store._live._env.readers()  # type: ignore[attr-defined]
+            assert str(os.getpid()) in readers
+            for number in range(20):
+                thread = threading.Thread(
+                    target=store.put, args=(a_record(1), list(values(number)))
+                )
+                thread.start()
+                thread.join()
+            for layer, chunk, value in values(1):
+                assert reader.value(a_record(1).key, layer, chunk) == value

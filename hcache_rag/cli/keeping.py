@@ -109,28 +109,15 @@ def verify(
 
 
 @reported
-def gc(
-    store: StoreOption = DEFAULT_STORE,
-    compact: Annotated[
-        bool, typer.Option("--compact", help="Give free room in the file back to the disk.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
+def gc(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
     """Delete the states of texts that are not in the index any more."""
-    from hcache_rag.llama_index.folder import collect_garbage, open_states
+    from hcache_rag.llama_index.folder import collect_garbage
 
     deleted, freed_bytes = collect_garbage(store.expanduser())
-    given_back = 0
-    if compact:
-        with open_states(store, read_only=False) as states:
-            given_back = states.compact()
     if as_json:
-        result = {"deleted": deleted, "freed_bytes": freed_bytes, "given_back_bytes": given_back}
-        print_json(result)
+        print_json({"deleted": deleted, "freed_bytes": freed_bytes})
         return
     out.print(f"{deleted} state(s) deleted, {size(freed_bytes)} free for others")
-    if compact:
-        out.print(f"{size(given_back)} given back to the disk")
 
 
 def _as_json(report: VerifyReport, again: int) -> dict[str, Any]:

@@ -139,14 +139,6 @@ class Backend(Protocol):
     def is_current(self) -> bool:
         """Whether this is what its path names: another file may have taken its place."""
 
-    def compact(self, wait_s: float | None = None) -> None:
-        """Give room that nothing takes back to the disk, while others read.
-
-        Raises:
-            StoreFullError: the disk has no room for what is stored to be there twice.
-            StoreBusyError: somebody else writes.
-        """
-
     def sync(self) -> None:
         """Write everything through to the disk."""
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +15,6 @@ import lmdb
 
 from hcache_rag.errors import (
     DamagedStoreError,
-    StoreBusyError,
     StoreError,
     StoreFullError,
     StoreMovedError,
@@ -36,6 +35,9 @@ MIN_MAP_BYTES = 1 << 26
 RESERVE_BYTES = 1 << 22
 """So much room is left to a store that is filled beyond its limit: nothing can be deleted in none.
 """
+
+FORK_WAIT_S = 5.0
+"""How long a fork waits for what other threads read; they go on later."""
 
 OPEN_WAIT_S = 60.0
 """How long opening waits for a writer before the file can be checked, or made."""
@@ -136,14 +138,6 @@ class LmdbTransaction:
             raise self._fail("reading", error) from error
 
 
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _row(cursor: Any) -> tuple[bytes, bytes]:
     return bytes(cursor.key()), bytes(cursor.value())
 
@@ -232,6 +226,7 @@ class LmdbBackend:
                     map_size=map_bytes,
                     max_dbs=len(TABLES) + 4,
                     max_readers=512,
+                    max_spare_txns=0,  # a fork would free the parent's places for readers
                     mode=0o600,
                     # "fsync": a commit syncs the pages, then writes where they begin; `writing`
                     # syncs that too. LMDB's own way for the second takes six times as long.
@@ -306,7 +301,12 @@ class LmdbBackend:
         with cls._lock:
             backend = cls._open.get(folder)
             if backend is not None and backend.pid != os.getpid():
-                backend._env.close()  # inherited by a fork: LMDB must not be used in both processes
+                if backend._gate.is_used:  # closing would end what the parent reads there
+                    raise StoreOpenError(
+                        f"{folder} cannot be used in this process, which was forked by a thread "
+                        "that was reading from it"
+                    )
+                backend._env.close()  # LMDB must not be used in both processes
                 backend = None
             if backend is not None and backend.is_current():
                 if backend.is_read_only and not read_only:
@@ -348,8 +348,8 @@ class LmdbBackend:
         try:
             if not self.is_read_only:
                 self._env.sync(True)
-                with suppress(StoreBusyError), self._turns.taken(0.0):
-                    self._turns.note(is_synced=True)
+                with suppress(StoreError), self._turns.taken(0.0):
+                    self._note_sync()
         finally:
             self._env.close()
             self._turns.close()
@@ -360,7 +360,7 @@ class LmdbBackend:
             try:
                 yield LmdbTransaction(txn, self._databases, self._error)
             finally:
-                txn.abort()
+                self._abort(txn)
 
     @contextmanager
     def writing(self, wait_s: float | None = None) -> Iterator[LmdbTransaction]:
@@ -369,8 +369,10 @@ class LmdbBackend:
             try:
                 yield LmdbTransaction(txn, self._databases, self._error)
             except BaseException:
-                txn.abort()
+                self._abort(txn)
                 raise
+            if self.durability == "fast":
+                self._turns.note_unsynced()
             try:
                 txn.commit()
                 if self.durability == "fsync":
@@ -378,6 +380,13 @@ class LmdbBackend:
             except lmdb.Error as error:
                 raise self._error("writing to", error) from error
             self._turns.note(is_synced=self.durability == "fsync")
+
+    def _abort(self, txn: Any) -> None:
+        """End a transaction; one that a fork has inherited is the parent's, and stays as it is."""
+        if self.pid == os.getpid():
+            txn.abort()
+        else:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(txn))  # freeing it would end it too
 
     @contextmanager
     def _transaction(self, *, write: bool) -> Iterator[Any]:
@@ -440,31 +449,10 @@ class LmdbBackend:
     def file_bytes(self) -> int:
         return os.stat(self._data).st_blocks * 512
 
-    def compact(self, wait_s: float | None = None) -> None:
-        """A copy without free pages takes the file's place.
-
-        Who reads the old file goes on reading it. Who writes looks for the new one first, see
-        `writing`; and both use the new one from their next transaction on, see `Session`.
-        """
-        copy = self.path / "compact"
-        with self._turns.taken(wait_s):
-            self._require_current()
-            try:
-                shutil.rmtree(copy, ignore_errors=True)
-                copy.mkdir(mode=0o700)
-                with self._gate.inside():
-                    self._env.copy(str(copy), compact=True)
-                _sync_file(copy / "data.mdb")
-                (self.path / "lock.mdb").unlink(missing_ok=True)  # it speaks of the old file
-                os.replace(copy / "data.mdb", self._data)
-                _sync_file(self.path)
-                self._turns.note(is_synced=True)
-            except lmdb.Error as error:
-                raise self._error("copying", error) from error
-            except OSError as error:
-                raise StoreFullError(f"{self.path} was not compacted: {error.strerror}") from error
-            finally:
-                shutil.rmtree(copy, ignore_errors=True)
+    def _note_sync(self) -> None:
+        """Vouch for the file, if nothing else has changed it."""
+        if self.is_current() and self._turns.is_noted():
+            self._turns.note(is_synced=True)
 
     def _require_current(self) -> None:
         if not self.is_current():
@@ -473,8 +461,9 @@ class LmdbBackend:
     def sync(self) -> None:
         if not self.is_read_only:
             with self._turns.taken(None), self._gate.inside():
+                self._require_current()
                 self._env.sync(True)
-                self._turns.note(is_synced=True)
+                self._note_sync()
 
     def _error(self, doing: str, error: lmdb.Error) -> StoreError:
         if isinstance(error, lmdb.MapFullError):
@@ -484,12 +473,29 @@ class LmdbBackend:
         return kind(f"{doing} {self.path} failed: {error}")
 
 
-def _renew_lock() -> None:
-    LmdbBackend._lock = threading.Lock()  # another thread may have held it in the parent
+def _before_fork() -> None:
+    """Wait for other threads' transactions: a child would end those that it inherits."""
+    LmdbBackend._lock.acquire()
+    for backend in LmdbBackend._open.values():
+        backend._gate.shut(FORK_WAIT_S)
+
+
+def _after_fork_in_parent() -> None:
+    for backend in LmdbBackend._open.values():
+        backend._gate.open()
+    LmdbBackend._lock.release()
+
+
+def _after_fork_in_child() -> None:
+    LmdbBackend._lock = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )
 
 
 class _Gate:
@@ -513,7 +519,7 @@ class _Gate:
         try:
             yield
         finally:
-            self._own.count = own
+            self._own.count -= 1  # not what it was: generators may end in any order
             with self._changed:
                 self._inside -= 1
                 self._changed.notify_all()
@@ -537,6 +543,25 @@ class _Gate:
                 self._is_shut = False
                 self._changed.notify_all()
         return True
+
+    @property
+    def is_used(self) -> bool:
+        """Whether a transaction is open."""
+        return self._inside > 0
+
+    def shut(self, wait_s: float) -> None:
+        """Let none but this thread's be open, if that comes true in time, and none begin."""
+        own = getattr(self._own, "count", 0)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_shut, wait_s)
+            self._is_shut = True
+            self._changed.wait_for(lambda: self._inside <= own, wait_s)
+
+    def open(self) -> None:
+        """Let them begin again."""
+        with self._changed:
+            self._is_shut = False
+            self._changed.notify_all()
 
     def when_empty(self, action: Callable[[], None]) -> None:
         """Run `action` when the last transaction has ended, or now."""

@@ -142,9 +142,6 @@ class MemoryBackend:
     def is_current(self) -> bool:
         return True
 
-    def compact(self, wait_s: float | None = None) -> None:
-        pass
-
     def sync(self) -> None:
         pass
 

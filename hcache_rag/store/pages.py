@@ -139,7 +139,8 @@ class _Pages:
         if last >= in_file + _MAX_MISSING_PAGES:
             raise DamagedPagesError(f"{last + 1:,} pages are said to be in a file of {in_file:,}")
         self._num_pages = min(last + 1, in_file)
-        self._uses = np.zeros(self._num_pages + 1, np.int32)
+        self._last = last
+        self._uses = np.zeros(last + 2, np.int32)
         """How often each page is used; kept as differences, since values take several."""
 
     def _size_of_pages(self) -> int:
@@ -374,7 +375,7 @@ class _Pages:
             self._say("a list of free pages is not one")
             return
         pages = pages[1:]
-        if len(pages) and (pages[0] >= self._num_pages or pages[-1] < 2):
+        if len(pages) and (pages[0] > self._last or pages[-1] < 2):
             self._say("a list of free pages names others")
             return
         numbers = pages.astype(np.int64)

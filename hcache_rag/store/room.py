@@ -10,7 +10,7 @@ from dataclasses import replace
 from hcache_rag.errors import StoreFullError
 from hcache_rag.state import StateKey
 from hcache_rag.store import eviction
-from hcache_rag.store.backend import Backend, Transaction
+from hcache_rag.store.backend import Transaction
 from hcache_rag.store.description import (
     MAX_LIMIT_BYTES,
     namespace_in,
@@ -150,15 +150,15 @@ def _evict(
     A few at a time: what they leave can be used only by later transactions, and each takes pages
     itself before it leaves any.
     """
-    backend, held = session.backend, {*session.backend.pins, *held}
-    with backend.reading() as txn:
+    held = {*session.backend.pins, *held}
+    with session.reading() as txn:
         chosen, clock = _victims(txn, namespaces, num_bytes, held)
     room = (session.max_bytes or 0) - high_watermark(session.max_bytes or 0)
     at_once = max(8, room // BYTES_OF_A_DELETION) if session.max_bytes else 256
     while chosen:
         some, rest = chosen[:at_once], chosen[at_once:]
         try:
-            with backend.writing(session.wait_s) as txn:
+            with session.writing() as txn:
                 for rows, keys in _by_namespace(some):
                     _drop(txn, rows, keys, clock)
             chosen = rest
@@ -166,12 +166,7 @@ def _evict(
             if at_once == 1:
                 raise
             at_once //= 2
-    _pass_on(backend, session.wait_s)
-
-
-def _pass_on(backend: Backend, wait_s: float | None) -> None:
-    """LMDB gives a page away two transactions after its end."""
-    with backend.writing(wait_s) as txn:
+    with session.writing() as txn:  # LMDB gives a page away two transactions after its end
         txn.put("meta", b"evicted", str(time.time()).encode())
 
 

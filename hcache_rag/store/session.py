@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from weakref import WeakSet
 
 from hcache_rag.errors import StoreError, StoreMovedError
 from hcache_rag.store.backend import Backend, Transaction
@@ -19,6 +20,9 @@ from hcache_rag.store.texts import StoredTexts
 MAX_MOVES = 100
 
 logger = logging.getLogger("hcache_rag")
+
+
+_sessions: WeakSet[Session] = WeakSet()
 
 
 class Session:
@@ -54,6 +58,7 @@ class Session:
         self._backend: Backend | None = backend
         self._pid = os.getpid()
         self._lock = threading.Lock()
+        _sessions.add(self)
         self._name = namespace.encode()
         description = describe(backend, wait_s, read_only=read_only)
         self.store_id, self.max_bytes = description.store_id, description.max_bytes
@@ -139,6 +144,18 @@ class Session:
         if its.number and its.number != self._its.number:
             self._bind(its)
 
+    def sync(self) -> None:
+        """Write everything through to the disk."""
+        self._on_current(lambda backend: backend.sync())
+
+    def _on_current(self, action: Callable[[Backend], None]) -> None:
+        """Do something with the backend; again, if another file takes its place before."""
+        for _ in range(MAX_MOVES):
+            with suppress(StoreMovedError):
+                action(self.backend)
+                return
+        action(self.backend)
+
     def make_namespace(self, txn: Transaction) -> None:
         """Make the namespace as it was, where somebody has deleted it meanwhile."""
         if txn.get("namespaces", self._name) is None:
@@ -167,6 +184,11 @@ class Session:
         name = f"namespace {self.namespace!r} of {self.path}"
         return f"{name} was made with another key, or with none"
 
+    def renew_locks(self) -> None:
+        """In a fork: a thread that is not there may have held them."""
+        self._lock = threading.Lock()
+        self.texts = StoredTexts(self.rows)
+
     @property
     def is_open(self) -> bool:
         """Whether `close` has not been called."""
@@ -177,3 +199,12 @@ class Session:
         if self._backend is not None:
             backend, self._backend = self._backend, None
             backend.close()
+
+
+def _renew_locks() -> None:
+    for session in list(_sessions):
+        session.renew_locks()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)

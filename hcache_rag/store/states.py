@@ -518,26 +518,11 @@ class StateStore:
                 txn.delete("namespaces", name.encode())
             return True
 
-    def compact(self) -> int:
-        """Give the room that nothing takes inside the file back to the disk; how many bytes.
-
-        Others may read and write meanwhile: readers go on with the old file until their transaction
-        ends, writers wait. The disk must have room for what is stored to be there twice.
-
-        Raises:
-            StoreFullError: it has not; nothing has changed.
-            StoreBusyError: somebody else writes, for longer than was to be waited.
-        """
-        self._session.require_writable()
-        before = self.file_bytes()
-        self._live.compact(self._session.wait_s)
-        return max(0, before - self.file_bytes())
-
     # The end.
 
     def sync(self) -> None:
         """Write everything that was stored through to the disk."""
-        self._live.sync()
+        self._session.sync()
 
     def close(self) -> None:
         """Write down uses, sync and close. Closing twice does nothing."""

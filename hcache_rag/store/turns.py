@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hcache_rag.errors import StoreBusyError, StoreError, StoreOpenError
+from hcache_rag.errors import StoreBusyError, StoreError, StoreMovedError, StoreOpenError
 
 try:
     import fcntl
@@ -39,6 +39,7 @@ class Turns:
         self._data = folder / "data.mdb"
         self._thread = threading.Lock()
         self._is_read_only = read_only
+        self._is_closed = False
         flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT
         try:
             self._descriptor = os.open(folder / FILE_NAME, flags | os.O_CLOEXEC, 0o600)
@@ -58,6 +59,8 @@ class Turns:
         if not self._thread.acquire(timeout=-1 if wait_s is None else wait_s):
             raise StoreBusyError(f"another thread still writes to {self._folder} after {wait_s} s")
         try:
+            if self._is_closed:
+                raise StoreMovedError(f"{self._folder} was closed while this thread waited")
             self._lock(deadline, wait_s)
             try:
                 yield
@@ -66,6 +69,8 @@ class Turns:
                     fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
         finally:
             self._thread.release()
+            if self._is_closed:  # meanwhile
+                self.close()
 
     def _lock(self, deadline: float | None, wait_s: float | None) -> None:
         if fcntl is None or self._descriptor < 0:
@@ -94,14 +99,23 @@ class Turns:
         line = f"{self._size_and_time()} {since}".ljust(_NOTE_BYTES - 1) + "\n"
         os.pwrite(self._descriptor, line.encode(), 0)
 
+    def note_unsynced(self) -> None:
+        """Take back that everything is synced, before something is not."""
+        if self._words()[2:] == [_SYNCED]:
+            self.note(is_synced=False)
+            os.fsync(self._descriptor)
+
+    def _words(self) -> list[str]:
+        if self._descriptor < 0:
+            return []
+        return os.pread(self._descriptor, _NOTE_BYTES, 0).decode(errors="replace").split()
+
     def is_noted(self) -> bool:
         """Whether the data are as they were after the last turn, or are not there yet."""
         size_and_time = self._size_and_time()
+        words = self._words()
         if size_and_time.startswith("0 "):
-            return True
-        if self._descriptor < 0:
-            return False
-        words = os.pread(self._descriptor, _NOTE_BYTES, 0).decode(errors="replace").split()
+            return not words
         known, since = " ".join(words[:2]), "".join(words[2:])
         return known == size_and_time and since in (_SYNCED, _start_of_machine())
 
@@ -113,10 +127,15 @@ class Turns:
         return f"{found.st_size} {found.st_mtime_ns}"
 
     def close(self) -> None:
-        """Nobody takes turns any more here."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """Nobody takes turns any more here; who has one ends it first."""
+        self._is_closed = True
+        if self._thread.acquire(blocking=False):
+            try:
+                if self._descriptor >= 0:
+                    os.close(self._descriptor)
+                    self._descriptor = -1
+            finally:
+                self._thread.release()
 
 
 def _start_of_machine() -> str:

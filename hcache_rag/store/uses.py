@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterable
@@ -26,11 +27,13 @@ class Uses:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._lock = threading.Lock()
+        self._pid = os.getpid()
         self._hits: dict[StateKey, int] = {}
         self._counted: dict[str, float] = {}
 
     def add(self, keys: Iterable[StateKey], **counted: float) -> None:
         """Some states were restored, and what else there is to count."""
+        self._forget_in_a_fork()
         with self._lock:
             for key in keys:
                 self._hits[key] = self._hits.get(key, 0) + 1
@@ -43,6 +46,7 @@ class Uses:
 
     def flush(self, wait_s: float | None = None) -> None:
         """Write it down; a read-only session forgets it."""
+        self._forget_in_a_fork()
         with self._lock:
             hits, self._hits = self._hits, {}
             counted, self._counted = self._counted, {}
@@ -58,6 +62,12 @@ class Uses:
                 for name, count in counted.items():
                     self._counted[name] = self._counted.get(name, 0) + count
             raise
+
+    def _forget_in_a_fork(self) -> None:
+        """What the parent has counted, it writes down itself; its threads are not here."""
+        if self._pid != os.getpid():
+            self._pid, self._lock = os.getpid(), threading.Lock()
+            self._hits, self._counted = {}, {}
 
 
 def _write(
