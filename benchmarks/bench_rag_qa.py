@@ -27,7 +27,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +144,17 @@ def retrieved(records: Sequence[Record], top_k: int) -> list[Record]:
 
 
 def embedded(texts: Sequence[str]) -> Any:
+    """Unit vectors, (n, E)."""
+    vectors = np.asarray(embedding().get_text_embedding_batch(list(texts)), np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@cache
+def embedding() -> Any:
+    """The bundled one, loaded once."""
     from hcache_rag.llama_index.defaults import default_embedding
 
-    if not hasattr(embedded, "model"):
-        embedded.model = default_embedding()  # type: ignore[attr-defined]
-    found = embedded.model.get_text_embedding_batch(list(texts))  # type: ignore[attr-defined]
-    vectors = np.asarray(found, np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return default_embedding()
 
 
 def prompt_of(passages: Sequence[str], question: str) -> str:

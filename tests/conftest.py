@@ -43,6 +43,15 @@ def store(tmp_path: Path) -> Iterator[StateStore]:
         yield opened
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny models gain nothing from more, and lose much where other processes compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
     """One token per byte, plus the control tokens <bos>, <eos> and <|im_end|>."""

@@ -14,12 +14,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from commands import Outcome, Run, assert_one_error_line, assert_usage_error
 from fakes import save_gpt2, save_tiny_model
 from tiny import Shape, byte_tokenizer, tiny_model
@@ -71,13 +69,7 @@ START = (
 """As the installed command starts, except that a parent which ignores SIGINT does not matter."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from more, and lose much where other processes compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ One token is one byte here. The reference for all mixes is the plan that reads e
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -48,12 +48,7 @@ NEAR: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=[shape.label for shape in SHAPES])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def layout_of(shape: Shape, *formats: LayerFormat, chunk_tokens: int = CHUNK_TOKENS) -> StateLayout:

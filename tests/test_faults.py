@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import random
 import string
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import faults
 import pytest
-import torch
 from faults import FLIPS, Outcome, drive
 from oracle import encode, greedy
 from tiny import SHAPES, VOCABULARY, byte_tokenizer, tiny_model
@@ -106,13 +104,7 @@ PROMPT = f"{PREAMBLE}{DOCUMENT}\n\nQuestion: what is it?\nAnswer:"
 PRINTABLE = {"suppress_tokens": list(range(94, VOCABULARY))}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The model is too small for several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @cache

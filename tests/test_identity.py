@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -38,19 +38,13 @@ ONE = [Part(PREAMBLE), document(A), Part("\n\nQuestion: who waits?\nAnswer:")]
 TWO = [*ONE[:2], Part("\n\n"), document(B), *ONE[2:]]
 PRINTABLE = {"suppress_tokens": list(range(94, VOCABULARY))}
 NEW_TOKENS = 16
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",  # peft asks for it
-    "ignore:Already found a .peft_config. attribute:UserWarning",
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The models are too small for several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings(
+        "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",  # peft asks for it
+        "ignore:Already found a .peft_config. attribute:UserWarning",
+    ),
+]
 
 
 @cache

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from fakes import PRINTABLE, FixedRetriever, Recorder, chat_tokenizer, save_gpt2, save_tiny_model
 from llama_index.core import PromptTemplate, Settings
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse
@@ -62,13 +61,7 @@ PROMPT = "Which planet comes first?"
 KINDS = ["completion", "completion with bos", "chat"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from more, and lose much where other processes compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

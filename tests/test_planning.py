@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from commands import Run, assert_one_error_line, assert_usage_error
 from fakes import save_tiny_model
 
@@ -17,13 +15,7 @@ from hcache_rag.models import load_model
 from hcache_rag.presets import HARDWARE, MODELS
 from hcache_rag.profile import PROFILE_NAME, HardwareProfile
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

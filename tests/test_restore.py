@@ -70,13 +70,7 @@ FAR = max(SHAPES, key=lambda shape: shape.layers)
 """The shape whose first and last layer are furthest apart."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The models are too small for several threads, which on a busy machine wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def words(length: int, seed: int = 0) -> str:

@@ -44,13 +44,7 @@ ROUNDING = 2e-4
 """What float32 sums in another order may differ by, where K goes up to 20 and logits to 30."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Decoding is no faster on two threads, and on a busy machine they wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def assert_near(ours: Tensor, theirs: Tensor) -> None:

@@ -145,16 +145,12 @@ class Session:
             self._bind(its)
 
     def sync(self) -> None:
-        """Write everything through to the disk."""
-        self._on_current(lambda backend: backend.sync())
-
-    def _on_current(self, action: Callable[[Backend], None]) -> None:
-        """Do something with the backend; again, if another file takes its place before."""
+        """Write everything through to the disk; that of another file, if it has taken its place."""
         for _ in range(MAX_MOVES):
             with suppress(StoreMovedError):
-                action(self.backend)
+                self.backend.sync()
                 return
-        action(self.backend)
+        self.backend.sync()
 
     def make_namespace(self, txn: Transaction) -> None:
         """Make the namespace as it was, where somebody has deleted it meanwhile."""
