@@ -167,3 +167,15 @@ def test_gc_deletes_what_the_index_does_not_hold(run: Run, index: Path) -> None:
     assert (found["code"], found["deleted"]) == (0, 1)
     assert texts_in(index) == {TEXTS["b.txt"], TEXTS["c.txt"]}
     assert "0 state(s) deleted" in run("gc", "--store", index).out
+
+
+def test_gc_gives_the_disk_what_is_free(run: Run, index: Path) -> None:
+    """As much as the file gets smaller, and what is left is whole."""
+    with open_states(index) as store:
+        store.put(a_record(1), values(1, 900_000))
+        before = store.file_bytes()
+    found = as_json(run, "gc", "--store", index, "--compact")
+    with open_states(index) as store:
+        assert found["returned_bytes"] == before - store.file_bytes() > 900_000
+    assert run("verify", "--store", index).code == 0
+    assert "given back to the disk" in run("gc", "--store", index, "--compact").out

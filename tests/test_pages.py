@@ -140,7 +140,7 @@ def test_free_pages_may_be_missing_at_the_end(tmp_path: Path) -> None:
                 record = a_record(n, tokens=source.choice((1, 40, 400)))
                 store.put_all([a_state(record, [f"owner {n % 3}"])])
             store.delete_owner("owner 0", "owner 1")
-            last = store._live._env.info()["last_pgno"]  # type: ignore[attr-defined]
+            last = store._live._env._env.info()["last_pgno"]  # type: ignore[attr-defined]
         short += (path / "data.mdb").stat().st_size < (last + 1) * PAGE
         assert problems(path / "data.mdb") == []
     assert short > 0

@@ -17,7 +17,7 @@ import lmdb
 import numpy as np
 import pytest
 
-import hcache_rag.store.lmdb_backend
+import hcache_rag.store.environment
 from hcache_rag.errors import (
     MissingStateError,
     StoreError,
@@ -264,7 +264,7 @@ def test_a_full_store_says_so_and_keeps_what_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`StoreFullError`, nothing of the new state, the old ones whole, and room after a delete."""
-    monkeypatch.setattr(hcache_rag.store.lmdb_backend, "MAP_BYTES", 1 << 20)
+    monkeypatch.setattr(hcache_rag.store.environment, "MAP_BYTES", 1 << 20)
     with StateStore.open(tmp_path / "small") as small:
         small.put(a_record(1), values(1, 90_000))
         with pytest.raises(StoreFullError) as caught:
@@ -688,12 +688,13 @@ def test_a_store_of_another_format_is_refused(
 
 
 def exchange_meta(path: Path, meta: bytes) -> bytes:
-    """Write the store's description; returns what it was."""
+    """Write the store's description, without its copy; returns what it was."""
     with lmdb.open(str(path), max_dbs=8) as env:
         database = env.open_db(b"meta")
         with env.begin(write=True, db=database) as txn:
             before = txn.get(b"store")
             txn.put(b"store", meta)
+            txn.delete(b"store copy")
     assert before is not None
     return bytes(before)
 

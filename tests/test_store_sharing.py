@@ -18,7 +18,7 @@ import lmdb
 import pytest
 from test_store import a_record, run, stored, values
 
-import hcache_rag.store.lmdb_backend as lmdb_backend
+import hcache_rag.store.environment as environment
 from hcache_rag.errors import StoreBusyError, StoreError, StoreFullError
 from hcache_rag.state import StateRecord
 from hcache_rag.store import StateStore
@@ -197,6 +197,21 @@ def test_a_store_closed_while_a_thread_reads_is_closed_when_it_has_read(tmp_path
         assert stored(again, a_record(1).key) == list(values(1))
 
 
+def test_a_store_that_a_thread_still_reads_can_be_opened_again(tmp_path: Path) -> None:
+    """LMDB opens no file twice in a process: the one that was to be closed goes on."""
+    store = StateStore.open(tmp_path / "store")
+    store.put(a_record(1), values(1))
+    with store.reading() as reader:
+        store.close()
+        with StateStore.open(tmp_path / "store") as again:
+            again.put(a_record(2), values(2))
+            assert bytes(reader.value(a_record(1).key, 0, 0)) == next(values(1))[2]
+        again = StateStore.open(tmp_path / "store")
+    assert stored(again, a_record(2).key) == list(values(2))
+    again.close()
+    again.close()
+
+
 @pytest.fixture
 def _small_map(monkeypatch: pytest.MonkeyPatch) -> None:
     """A system that gives 4 MiB of address space at once, and more when it is asked again."""
@@ -207,7 +222,7 @@ def _small_map(monkeypatch: pytest.MonkeyPatch) -> None:
             raise lmdb.MemoryError("Cannot allocate memory")
         return opening(path, map_size=map_size, **more)
 
-    monkeypatch.setattr(lmdb_backend, "MIN_MAP_BYTES", 1 << 20)
+    monkeypatch.setattr(environment, "MIN_MAP_BYTES", 1 << 20)
     monkeypatch.setattr(lmdb, "open", open_small)
 
 
@@ -311,7 +326,7 @@ def test_a_fork_leaves_what_its_parent_reads(tmp_path: Path) -> None:
         store.put(a_record(1), values(1))
         with store.reading() as reader:
             assert in_a_fork(lambda: None) == 0
-            readers = store._live._env.readers()  # type: ignore[attr-defined]
+            readers = store._live._env._env.readers()  # type: ignore[attr-defined]
             assert str(os.getpid()) in readers
             for number in range(20):
                 thread = threading.Thread(

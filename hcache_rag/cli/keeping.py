@@ -109,15 +109,26 @@ def verify(
 
 
 @reported
-def gc(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
+def gc(
+    store: StoreOption = DEFAULT_STORE,
+    compact: Annotated[
+        bool,
+        typer.Option(
+            "--compact", help="Give the disk back what is free. Nobody else may have it open."
+        ),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Delete the states of texts that are not in the index any more."""
     from hcache_rag.llama_index.folder import collect_garbage
 
-    deleted, freed_bytes = collect_garbage(store.expanduser())
+    done = collect_garbage(store.expanduser(), compact=compact)
     if as_json:
-        print_json({"deleted": deleted, "freed_bytes": freed_bytes})
+        print_json(asdict(done))
         return
-    out.print(f"{deleted} state(s) deleted, {size(freed_bytes)} free for others")
+    out.print(f"{done.deleted} state(s) deleted, {size(done.freed_bytes)} free for others")
+    if done.returned_bytes is not None:
+        out.print(f"{size(max(0, done.returned_bytes))} given back to the disk")
 
 
 def _as_json(report: VerifyReport, again: int) -> dict[str, Any]:

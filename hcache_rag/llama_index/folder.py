@@ -296,10 +296,31 @@ def read_again(persist_dir: Path, texts: Sequence[str] | None = None) -> int:
         llm.close()
 
 
-def collect_garbage(persist_dir: Path) -> tuple[int, int]:
-    """Delete the states of texts that are not in an index; how many, and the bytes they took."""
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What `collect_garbage` has done.
+
+    Args:
+        deleted: states.
+        freed_bytes: that they took.
+        returned_bytes: that the disk was given back; None where that was not asked for.
+    """
+
+    deleted: int
+    freed_bytes: int
+    returned_bytes: int | None = None
+
+
+def collect_garbage(persist_dir: Path, *, compact: bool = False) -> Collected:
+    """Delete the states of texts that are not in an index.
+
+    Args:
+        compact: give the disk back what is free then.
+    """
     nodes = VectorIndex.load(persist_dir).nodes
     with open_states(persist_dir, read_only=False) as states:
         keep = {record.key for node in nodes for record in states.find(llm_text(node))}
-        before = states.used_bytes()
-        return states.gc(keep), before - states.used_bytes()
+        used, on_disk = states.used_bytes(), states.file_bytes()
+        deleted = states.gc(keep)
+        freed = used - states.used_bytes()
+        return Collected(deleted, freed, on_disk - states.compact() if compact else None)

@@ -127,11 +127,23 @@ class Backend(Protocol):
             StoreFullError: no room for the transaction.
         """
 
-    def limit(self, max_bytes: int | None) -> None:
-        """Let the file grow to so many bytes at most, or as far as it can."""
+    def limit(self, max_bytes: int | None) -> bool:
+        """Let the file grow to so many bytes at most, or as far as it can.
+
+        Returns:
+            False where this thread reads, and it must be said again later.
+        """
 
     def grow(self) -> bool:
         """Make room after a `StoreFullError`, where that can be done at once."""
+
+    def compact(self, wait_s: float | None = None) -> None:
+        """Give the disk back what is free inside the file.
+
+        Raises:
+            StoreBusyError: another process has it open, or this thread reads.
+            StoreError: the disk failed, or has no room for a second file.
+        """
 
     def file_bytes(self) -> int:
         """Bytes on disk."""

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from hcache_rag.errors import StoreOpenError
+from hcache_rag.errors import DamagedStoreError, StoreOpenError
 from hcache_rag.state import FORMAT_VERSION, read_json
 from hcache_rag.store.backend import Backend, Transaction
 from hcache_rag.store.tables import (
     Namespace,
     namespace_prefix,
+    sealed,
     small_from_bytes,
     small_to_bytes,
+    unsealed,
 )
 
 MAX_LIMIT_BYTES = 1 << 46
 """No store may be larger: processors have no more addresses to map it to."""
 
 _STORE, _TAKEN = b"store", b"namespaces"
+_COPY, _COPY_OF = b"store copy", b"namespace copy "
+"""Rows of `meta` that hold again what nothing could be found without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,23 +43,60 @@ def describe(backend: Backend, wait_s: float | None, *, read_only: bool) -> Desc
 
     Raises:
         StoreOpenError: it is not one, or of a format that this release does not know.
+        DamagedStoreError: it cannot be read.
     """
     with backend.reading() as txn:
-        data = txn.get("meta", _STORE)
-    if data is None and not read_only:
+        found, is_whole = _found(backend.path, partial(txn.get, "meta"))
+    if not (is_whole or read_only):
         with backend.writing(wait_s) as txn:
-            data = txn.get("meta", _STORE)
-            if data is None:
-                data = _to_bytes(Description(uuid.uuid4().hex))
-                txn.put("meta", _STORE, data)
-    return _from_bytes(backend.path, data)
+            found, is_whole = _found(backend.path, partial(txn.get, "meta"))
+            if not is_whole:
+                found = found or Description(uuid.uuid4().hex)
+                _put(txn, found)
+    return found if found is not None else _from_bytes(backend.path, None)
+
+
+def is_damaged(get: Callable[[bytes], bytes | None]) -> bool:
+    """Whether a description is there that cannot be read.
+
+    Args:
+        get: a row of `meta`.
+    """
+    try:
+        _found(Path(), get)
+    except DamagedStoreError:
+        return True
+    except StoreOpenError:
+        return False  # another release can read it
+    return False
+
+
+def forget(txn: Transaction) -> None:
+    """Forget the description, so that `describe` makes a new one."""
+    txn.delete("meta", _STORE)
+    txn.delete("meta", _COPY)
+
+
+def _found(path: Path, get: Callable[[bytes], bytes | None]) -> tuple[Description | None, bool]:
+    """The description, None where there is none yet; and whether both of its rows say it."""
+    data, copy = get(_STORE), unsealed(get(_COPY))
+    if data is None and copy is None:
+        return None, False
+    return _from_bytes(path, data if copy is None else copy), data == copy
+
+
+def _put(txn: Transaction, description: Description) -> None:
+    data = _to_bytes(description)
+    txn.put("meta", _STORE, data)
+    txn.put("meta", _COPY, sealed(data))
 
 
 def set_limit(backend: Backend, wait_s: float | None, max_bytes: int) -> None:
     """The store's file may grow to so many bytes."""
     with backend.writing(wait_s) as txn:
-        described = _from_bytes(backend.path, txn.get("meta", _STORE))
-        txn.put("meta", _STORE, _to_bytes(replace(described, max_bytes=max_bytes)))
+        found, _ = _found(backend.path, partial(txn.get, "meta"))
+        described = found or _from_bytes(backend.path, None)
+        _put(txn, replace(described, max_bytes=max_bytes))
 
 
 def _to_bytes(description: Description) -> bytes:
@@ -69,7 +112,7 @@ def _from_bytes(path: Path, data: bytes | None) -> Description:
         if not isinstance(head, dict):
             raise ValueError("its description is not one")
     except ValueError as error:
-        raise StoreOpenError(f"{path} is not a state store: {error}") from error
+        raise DamagedStoreError(path, [f"its description cannot be read ({error})"]) from error
     if head.get("format") != FORMAT_VERSION:
         raise StoreOpenError(
             f"{path} has store format {head.get('format')}, "
@@ -77,9 +120,7 @@ def _from_bytes(path: Path, data: bytes | None) -> Description:
         )
     max_bytes = head.get("max_bytes")
     if not isinstance(head.get("id"), str) or not _is_limit(max_bytes):
-        raise StoreOpenError(
-            f"{path} is not a state store: it has no id, or no number as its limit"
-        )
+        raise DamagedStoreError(path, ["it has no id, or no number as its limit"])
     return Description(head["id"], max_bytes)
 
 
@@ -90,6 +131,8 @@ def _is_limit(value: object) -> bool:
 def namespace_in(txn: Transaction, name: str) -> Namespace:
     """A namespace as a transaction sees it; number 0, in which nothing is, where there is none."""
     found: Namespace = small_from_bytes(Namespace, txn.get("namespaces", name.encode()))
+    if not found.number:
+        found = small_from_bytes(Namespace, txn.get("meta", _COPY_OF + name.encode()))
     return found
 
 
@@ -128,14 +171,23 @@ def last_number(txn: Transaction) -> int:
 def put_namespace(txn: Transaction, name: str, namespace: Namespace) -> None:
     """Make or change a namespace."""
     txn.put("namespaces", name.encode(), small_to_bytes(namespace))
+    txn.put("meta", _COPY_OF + name.encode(), small_to_bytes(namespace))
+
+
+def drop_namespace(txn: Transaction, name: str) -> None:
+    """Forget a namespace; its rows are deleted elsewhere."""
+    txn.delete("namespaces", name.encode())
+    txn.delete("meta", _COPY_OF + name.encode())
 
 
 def namespaces_in(txn: Transaction) -> dict[str, bytes]:
     """All namespaces by name, and what their keys begin with."""
-    found = {}
-    for key, value in txn.scan("namespaces"):
-        number = small_from_bytes(Namespace, value).number
+    names = {key for key, _ in txn.scan("namespaces")}
+    copies = {key[len(_COPY_OF) :] for key, _ in txn.scan("meta", _COPY_OF)}
+    found: dict[str, int] = {}
+    for key in sorted(names | copies, key=lambda key: (key not in names & copies, key)):
         with suppress(UnicodeDecodeError):
-            if number:
-                found[key.decode()] = namespace_prefix(number)
-    return found
+            number = namespace_in(txn, key.decode()).number
+            if number and number not in found.values():  # a damaged name is nobody's
+                found[key.decode()] = number
+    return {name: namespace_prefix(number) for name, number in found.items()}

@@ -129,11 +129,15 @@ class MemoryBackend:
         finally:
             self._writer.release()
 
-    def limit(self, max_bytes: int | None) -> None:
+    def limit(self, max_bytes: int | None) -> bool:
         self._max_bytes = max_bytes
+        return True
 
     def grow(self) -> bool:
         return False
+
+    def compact(self, wait_s: float | None = None) -> None:
+        pass
 
     def file_bytes(self) -> int:
         with self.reading() as txn:

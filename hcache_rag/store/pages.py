@@ -10,13 +10,15 @@ It does not look at what is stored.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from hcache_rag.store.backend import TABLES
 
 BRANCH, LEAF, OVERFLOW, META = 1, 2, 4, 8
 """Kinds of pages."""
@@ -110,8 +112,8 @@ def problems(path: Path) -> list[str]:
         return [str(error)]
 
 
-def rows(path: Path) -> Iterator[tuple[str, bytes, bytes]]:
-    """(table, key, value) of all that stands on pages that are whole.
+def rows(path: Path, tables: Container[str] = TABLES) -> Iterator[tuple[str, bytes, bytes]]:
+    """(table, key, value) of all in some tables that stands on pages that are whole.
 
     Raises:
         DamagedPagesError: nothing can be found.
@@ -119,7 +121,7 @@ def rows(path: Path) -> Iterator[tuple[str, bytes, bytes]]:
     """
     pages = _Pages(path)
     for name, tree in pages.tables():
-        for key, value in pages.rows_of(tree):
+        for key, value in pages.rows_of(tree) if name in tables else ():
             yield name, key, value
 
 

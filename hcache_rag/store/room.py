@@ -47,9 +47,8 @@ def set_limits(session: Session, max_bytes: int | None, namespace_max_bytes: int
     if max_bytes is not None and max_bytes != session.max_bytes:
         with suppress(StoreFullError):  # what is held stays for now
             _make_room_below(session, high_watermark(max_bytes))
-        session.backend.limit(max_bytes)  # where that fails, nothing is written down
+        session.limit(max_bytes)  # where that fails, nothing is written down
         set_limit(session.backend, session.wait_s, max_bytes)
-        session.max_bytes = max_bytes
     if namespace_max_bytes is not None:
         with session.writing() as txn:
             its = namespace_in(txn, session.namespace)
@@ -140,6 +139,14 @@ def _make_room_below(
     if used + needed > high:
         low = high - int(LOW_SHARE * high)
         _evict(session, every, used + needed - low, held or set())
+        with session.reading() as txn:
+            used = txn.used_bytes()
+        limit = session.max_bytes
+        if limit is not None and used + needed > max(high, high_watermark(limit)):
+            raise StoreFullError(
+                f"{needed:,} bytes are to be stored in {session.path} of {limit:,}, where "
+                f"{used:,} cannot be spared"
+            )
 
 
 def _evict(

@@ -5,12 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import chain, count, islice
 from pathlib import Path
+from typing import cast
 
 from hcache_rag.errors import StoreOpenError
-from hcache_rag.store.backend import TABLES
-from hcache_rag.store.description import describe, namespace_in, namespaces_in
+from hcache_rag.store.backend import TABLES, Table
+from hcache_rag.store.description import (
+    describe,
+    forget,
+    is_damaged,
+    namespace_in,
+    namespaces_in,
+)
 from hcache_rag.store.lmdb_backend import OPEN_WAIT_S, LmdbBackend
 from hcache_rag.store.pages import DamagedPagesError, problems, rows
 from hcache_rag.store.rows import NamespaceRows
@@ -39,23 +47,21 @@ class Salvaged:
 def salvage(folder: Path) -> Salvaged:
     """Put a new file in the place of a damaged one, with all states that are whole in it.
 
-    Nobody may have the store open.
-
     Raises:
         StoreOpenError: nothing can be found in the file, or it is open in this process.
-        StoreBusyError: somebody writes to the store.
+        StoreBusyError: another process has the store open.
     """
     if LmdbBackend.is_open_here(folder):
         raise StoreOpenError(f"{folder} is open in this process, and cannot be repaired then")
     turns = Turns(folder, read_only=False)
     try:
-        with turns.taken(OPEN_WAIT_S):
-            found = problems(folder / "data.mdb")
+        with turns.taken(OPEN_WAIT_S), turns.alone():
+            found = problems(folder / "data.mdb") or _unsaid(folder / "data.mdb")
             if not found:
                 return Salvaged(())
-            states = _rebuild(folder)
-            turns.note(is_synced=False)
-            return Salvaged(tuple(found), states, folder / DAMAGED_FILE)
+            states, kept = _rebuild(folder)
+            turns.note(os.stat(folder / "data.mdb"), is_synced=False)
+            return Salvaged(tuple(found), states, kept)
     except DamagedPagesError as error:
         raise StoreOpenError(f"nothing can be saved of {folder}: {error}") from error
     except OSError as error:
@@ -64,31 +70,51 @@ def salvage(folder: Path) -> Salvaged:
         turns.close()
 
 
-def _rebuild(folder: Path) -> int:
-    """How many states the new file has."""
+def _unsaid(path: Path) -> list[str]:
+    """What a file whose pages are whole does not say of itself."""
+    said = {key: value for _, key, value in rows(path, ("meta",))}
+    return ["its description cannot be read"] if is_damaged(said.get) else []
+
+
+def _rebuild(folder: Path) -> tuple[int, Path]:
+    """How many states the new file has, and where the damaged one is."""
     beside = LmdbBackend.folder(folder / "salvage", read_only=False)
     shutil.rmtree(beside)
     beside.mkdir(mode=0o700)
     backend = LmdbBackend.acquire(beside, read_only=False, durability="fast")
     try:
         _copy(folder / "data.mdb", backend)
+        with backend.writing() as txn:
+            if is_damaged(partial(txn.get, "meta")):
+                forget(txn)
         describe(backend, None, read_only=False)
         states = sum(_put_right(backend, name) for name in _namespaces(backend))
     finally:
         backend.close()
-    os.replace(folder / "data.mdb", folder / DAMAGED_FILE)
+    kept = _kept(folder)
+    (folder / "lock.mdb").unlink(missing_ok=True)  # it speaks of the damaged file
     os.replace(beside / "data.mdb", folder / "data.mdb")
-    (folder / "lock.mdb").unlink(missing_ok=True)  # it speaks of the other file
     shutil.rmtree(beside)
-    return states
+    return states, kept
+
+
+def _kept(folder: Path) -> Path:
+    """A second name of the damaged file, so that the first one is never missing."""
+    names = chain([DAMAGED_FILE], (f"{DAMAGED_FILE}.{n}" for n in count(2)))
+    kept = next(folder / name for name in names if not (folder / name).exists())
+    try:
+        os.link(folder / "data.mdb", kept)
+    except OSError:  # not every file system knows such names
+        shutil.copy2(folder / "data.mdb", kept)
+    return kept
 
 
 def _copy(path: Path, backend: LmdbBackend) -> None:
-    every = ((t, key, value) for t, key, value in rows(path) if t in TABLES)
+    every = rows(path)
     while some := list(islice(every, _ROWS_AT_ONCE)):
         with backend.writing() as txn:
             for table, key, value in some:
-                txn.put(table, key, value)
+                txn.put(cast(Table, table), key, value)
 
 
 def _namespaces(backend: LmdbBackend) -> list[str]:

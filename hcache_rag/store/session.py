@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from weakref import WeakSet
 
 from hcache_rag.errors import StoreError, StoreMovedError
@@ -61,8 +61,9 @@ class Session:
         _sessions.add(self)
         self._name = namespace.encode()
         description = describe(backend, wait_s, read_only=read_only)
-        self.store_id, self.max_bytes = description.store_id, description.max_bytes
-        backend.limit(self.max_bytes)
+        self.store_id = description.store_id
+        self.max_bytes: int | None = description.max_bytes
+        self._is_limited = backend.limit(self.max_bytes)
         check = cipher.check if cipher is not None else None
         self._seen: bytes | None = None
         self._bind(ensure_namespace(backend, namespace, check, wait_s, read_only=read_only))
@@ -93,9 +94,10 @@ class Session:
                 if before is not None and self._is_stale(before):
                     is_inherited = self._pid != os.getpid()
                     self._backend, self._pid = self.reopen(), os.getpid()
-                    self._backend.limit(self.max_bytes)
+                    self._is_limited = self._backend.limit(self.max_bytes)
                     if not is_inherited:
-                        before.close()
+                        with suppress(StoreError):  # what it has is not the store's any more
+                            before.close()
         return self._backend
 
     def _is_stale(self, backend: Backend) -> bool:
@@ -104,7 +106,8 @@ class Session:
     @contextmanager
     def reading(self) -> Iterator[Transaction]:
         """A transaction that reads."""
-        with self.backend.reading() as txn:
+        with ExitStack() as stack:
+            txn = self._enter(stack, lambda backend: backend.reading())
             self._follow(txn)
             yield txn
 
@@ -118,21 +121,23 @@ class Session:
         self.require_writable()
         wait_s = self.wait_s if wait_s is None else wait_s
         with ExitStack() as stack:
-            txn = self._enter(stack, wait_s)
+            txn = self._enter(stack, lambda backend: backend.writing(wait_s))
             self._follow(txn)
             self.require_writable()
             yield txn
 
-    def _enter(self, stack: ExitStack, wait_s: float | None) -> Transaction:
-        """Begin to write; another file may take the store's place while one waits for one's turn.
+    def _enter(
+        self, stack: ExitStack, begin: Callable[[Backend], AbstractContextManager[Transaction]]
+    ) -> Transaction:
+        """Begin a transaction; another file may take the store's place while one waits for it.
 
         Raises:
             StoreMovedError: that has happened `MAX_MOVES` times one after another.
         """
         for _ in range(MAX_MOVES):
             with suppress(StoreMovedError):
-                return stack.enter_context(self.backend.writing(wait_s))
-        return stack.enter_context(self.backend.writing(wait_s))
+                return stack.enter_context(begin(self.backend))
+        return stack.enter_context(begin(self.backend))
 
     def _follow(self, txn: Transaction) -> None:
         """Others may have made the namespace meanwhile, or deleted it and made it anew."""
@@ -160,9 +165,18 @@ class Session:
     def look_at_limit(self) -> None:
         """Others may have changed the store's limit."""
         max_bytes = describe(self.backend, self.wait_s, read_only=True).max_bytes
-        if max_bytes != self.max_bytes:
-            self.max_bytes = max_bytes
-            self.backend.limit(max_bytes)
+        if max_bytes != self.max_bytes or not self._is_limited:
+            self.limit(max_bytes)
+
+    def limit(self, max_bytes: int | None) -> None:
+        """Let the file grow to so many bytes; where this thread reads, when it next stores."""
+        self._is_limited = self.backend.limit(max_bytes)
+        self.max_bytes = max_bytes
+
+    def compact(self) -> None:
+        """Give the disk what is free inside the file, see `StateStore.compact`."""
+        self.require_writable()
+        self.backend.compact(self.wait_s)
 
     def require_writable(self) -> None:
         """Writing must be possible here.

@@ -25,7 +25,7 @@ from hcache_rag.errors import (
 from hcache_rag.state import StateKey, StateRecord, read_json
 from hcache_rag.store.backend import Backend, Durability, Transaction
 from hcache_rag.store.cipher import Cipher, KeySource
-from hcache_rag.store.description import namespaces_in
+from hcache_rag.store.description import drop_namespace, namespaces_in
 from hcache_rag.store.lmdb_backend import LmdbBackend
 from hcache_rag.store.memory import MemoryBackend
 from hcache_rag.store.room import check_limits, make_room, require_fits, set_limits
@@ -397,6 +397,20 @@ class StateStore:
                         deleted += self._rows.drop(txn, key)
         return deleted
 
+    def compact(self) -> int:
+        """Give the disk back what is free inside the file; bytes that it takes now.
+
+        The file is written anew, beside the old one, and takes its place. Others of this process
+        can read meanwhile, but for a moment at the end, and cannot write.
+
+        Raises:
+            StoreBusyError: another process has the store open, or this thread reads from it, or
+                somebody else writes.
+            StoreFullError: the disk has no room for both files.
+        """
+        self._session.compact()
+        return self.file_bytes()
+
     # Whether they are whole.
 
     def verify(self, on_progress: Callable[[int, int], None] | None = None) -> VerifyReport:
@@ -515,7 +529,7 @@ class StateStore:
                 return False
             NamespaceRows(prefix).clear(txn)
             if name != self.namespace:
-                txn.delete("namespaces", name.encode())
+                drop_namespace(txn, name)
             return True
 
     # The end.

@@ -2,51 +2,44 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hcache_rag.errors import StoreBusyError, StoreError, StoreMovedError, StoreOpenError
-
-try:
-    import fcntl
-except ImportError:  # pragma: no cover - Windows: LMDB's own lock is all there is
-    fcntl = None  # type: ignore[assignment]
+from hcache_rag.errors import StoreError, StoreMovedError
+from hcache_rag.store.locks import LockFile
 
 FILE_NAME = "writer.lock"
 _NOTE_BYTES = 128
 _SYNCED = "synced"
 
+logger = logging.getLogger("hcache_rag")
+
 
 class Turns:
     """One writer at a time, of all threads and processes, by a lock on a file of its own.
 
-    LMDB has such a lock too, but one that waits for ever. The file also holds a note: size and time
-    of the data's last change, and whether it was synced, or else since which start of the machine
-    it has been written to. Data that differ from the note were changed by something else: a copy
-    that broke off, a disk that failed, a power cut.
+    LMDB has such a lock too, but one that waits for ever. The file also holds a note: size, time
+    and inode of the data after the last change, and whether it was synced, or else since which
+    start of the machine it has been written to. Data that differ from the note were changed by
+    something else: a copy that broke off, a disk that failed, a power cut.
 
     Args:
         folder: of the store.
-        read_only: turns are waited for but never taken; without a file there are no writers.
+        read_only: a folder that cannot be written will do; there are no turns to take then.
+
+    Raises:
+        StoreOpenError: the file cannot be made.
+        StoreBusyError: somebody must be the only one to use the folder for too long.
     """
 
     def __init__(self, folder: Path, *, read_only: bool) -> None:
         self._folder = folder
         self._data = folder / "data.mdb"
-        self._thread = threading.Lock()
-        self._is_read_only = read_only
+        self._file = LockFile.acquire(folder / FILE_NAME, read_only=read_only)
         self._is_closed = False
-        flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT
-        try:
-            self._descriptor = os.open(folder / FILE_NAME, flags | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            if not read_only:
-                raise StoreOpenError(f"{folder} cannot be locked: {error.strerror}") from error
-            self._descriptor = -1
 
     @contextmanager
     def taken(self, wait_s: float | None) -> Iterator[None]:
@@ -54,88 +47,91 @@ class Turns:
 
         Raises:
             StoreBusyError: somebody else writes for longer than `wait_s`.
+            StoreMovedError: `close` was called before.
         """
-        deadline = None if wait_s is None else time.monotonic() + wait_s
-        if not self._thread.acquire(timeout=-1 if wait_s is None else wait_s):
-            raise StoreBusyError(f"another thread still writes to {self._folder} after {wait_s} s")
+        self._file.retain()
         try:
-            if self._is_closed:
-                raise StoreMovedError(f"{self._folder} was closed while this thread waited")
-            self._lock(deadline, wait_s)
-            try:
+            with self._file.turn(wait_s):
+                if self._is_closed:
+                    raise StoreMovedError(f"{self._folder} was closed while this thread waited")
                 yield
-            finally:
-                if fcntl is not None and self._descriptor >= 0:
-                    fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
         finally:
-            self._thread.release()
-            if self._is_closed:  # meanwhile
-                self.close()
+            self._file.release()
 
-    def _lock(self, deadline: float | None, wait_s: float | None) -> None:
-        if fcntl is None or self._descriptor < 0:
-            return
-        kind = fcntl.LOCK_SH if self._is_read_only else fcntl.LOCK_EX
-        pause_s = 0.001
-        while True:
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """In one's turn: be the only process that has the folder open.
+
+        Raises:
+            StoreBusyError: another one has.
+        """
+        with self._file.alone():
+            yield
+
+    def note(self, of: os.stat_result, *, is_synced: bool) -> None:
+        """Write down what the data are like now, if they are in the file `of`. In one's turn."""
+        try:
+            self._note(of, is_synced=is_synced)
+        except OSError as error:  # the next one who opens the store checks its pages
+            logger.warning("%s cannot be written: %s", self._folder / FILE_NAME, error)
+
+    def note_unsynced(self, of: os.stat_result) -> None:
+        """Take back that everything is synced, before something is not.
+
+        Raises:
+            StoreError: that cannot be written down.
+        """
+        if self._words()[3:] == [_SYNCED]:
             try:
-                fcntl.lockf(self._descriptor, kind if deadline is None else kind | fcntl.LOCK_NB)
-                return
-            except BlockingIOError as error:
-                if deadline is None or time.monotonic() >= deadline:
-                    raise StoreBusyError(
-                        f"another process still writes to {self._folder} after {wait_s} s"
-                    ) from error
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, 0.05)
+                self._note(of, is_synced=False)
+                os.fsync(self._file.descriptor)
             except OSError as error:
-                raise StoreError(f"{self._folder} cannot be locked: {error.strerror}") from error
+                raise StoreError(
+                    f"{self._folder / FILE_NAME} cannot be written: {error}"
+                ) from error
 
-    def note(self, *, is_synced: bool) -> None:
-        """Write down what the data are like now. In one's turn."""
-        if self._is_read_only:
-            return
-        since = _SYNCED if is_synced else _start_of_machine()
-        line = f"{self._size_and_time()} {since}".ljust(_NOTE_BYTES - 1) + "\n"
-        os.pwrite(self._descriptor, line.encode(), 0)
-
-    def note_unsynced(self) -> None:
-        """Take back that everything is synced, before something is not."""
-        if self._words()[2:] == [_SYNCED]:
-            self.note(is_synced=False)
-            os.fsync(self._descriptor)
+    def _note(self, of: os.stat_result, *, is_synced: bool) -> None:
+        now = self._look()
+        if self._file.is_writable and now[2] == str(of.st_ino):
+            since = _SYNCED if is_synced else _start_of_machine()
+            line = " ".join((*now, since)).ljust(_NOTE_BYTES - 1) + "\n"
+            os.pwrite(self._file.descriptor, line.encode(), 0)
 
     def _words(self) -> list[str]:
-        if self._descriptor < 0:
+        if self._file.descriptor < 0:
             return []
-        return os.pread(self._descriptor, _NOTE_BYTES, 0).decode(errors="replace").split()
+        try:
+            note = os.pread(self._file.descriptor, _NOTE_BYTES, 0)
+        except OSError:
+            return []
+        return note.decode(errors="replace").split()
 
     def is_noted(self) -> bool:
         """Whether the data are as they were after the last turn, or are not there yet."""
-        size_and_time = self._size_and_time()
+        size, time_ns, _ = self._look()
         words = self._words()
-        if size_and_time.startswith("0 "):
+        if size == "0":
             return not words
-        known, since = " ".join(words[:2]), "".join(words[2:])
-        return known == size_and_time and since in (_SYNCED, _start_of_machine())
+        return words[:2] == [size, time_ns] and words[3:] in ([_SYNCED], [_start_of_machine()])
 
-    def _size_and_time(self) -> str:
+    def is_moved(self) -> bool:
+        """Whether the data are in another file than after the last turn, as far as is known."""
+        words = self._words()
+        return len(words) == 4 and words[2] != self._look()[2]
+
+    def _look(self) -> tuple[str, str, str]:
+        """Size, time and inode of the data."""
         try:
             found = self._data.stat()
         except OSError:
-            return "0 0"
-        return f"{found.st_size} {found.st_mtime_ns}"
+            return "0", "0", "0"
+        return str(found.st_size), str(found.st_mtime_ns), str(found.st_ino)
 
     def close(self) -> None:
         """Nobody takes turns any more here; who has one ends it first."""
-        self._is_closed = True
-        if self._thread.acquire(blocking=False):
-            try:
-                if self._descriptor >= 0:
-                    os.close(self._descriptor)
-                    self._descriptor = -1
-            finally:
-                self._thread.release()
+        if not self._is_closed:
+            self._is_closed = True
+            self._file.release()
 
 
 def _start_of_machine() -> str:
