@@ -1,7 +1,8 @@
 """Are answers from restored documents as good as full prefill's, and peers'?
 
     python benchmarks/bench_rag_qa.py [--data FILE] [--records N] [--half odd|even] [--retrieve K]
-                                      [--read WAYS] [--context-at-index [TEXT]] [--out FILE]
+                                      [--read WAYS] [--out FILE]
+                                      [--context-at-index none|documents] [--order random|alike]
                                       [--figure FILE] [--quick] [--json]
 
 HotpotQA, SQuAD, MuSiQue, NQ-open and LongBench files; SmolLM2-135M-Instruct or `--model`. Each
@@ -25,6 +26,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -50,13 +52,6 @@ BALANCED = FIDELITY_SHARES["balanced"]
 QUALITY = ("f1", "em", "in_answer", "rouge_l", "kl_first", "kl", "top1", "gold")
 METRICS = (*QUALITY, "tokens", "seconds")
 WAYS = ("top", "epic", "blend", "fast", "balanced", "high", "exact")
-STAND_IN = (
-    "The lighthouse on the northern cape was built of grey granite by local masons. Its lamp "
-    "turned once every twelve seconds, and on clear nights the light could be seen from more than "
-    "twenty miles away. Keepers lived in a small house beside the tower with their families, grew "
-    "vegetables behind a stone wall, and wrote down the weather three times a day. Supplies came "
-    "by boat whenever the sea was calm enough to land."
-)
 Row = dict[str, float]
 
 
@@ -79,6 +74,8 @@ def main() -> None:
     ):
         mark = fingerprint(engine, options)
         done = already(options.out, mark)
+        if not all(record.id in done for record in records):
+            engine.precompute(ordered(records, options.order))
         for number, record in enumerate(records):
             if record.id not in done:
                 done[record.id] = judged(engine, record, options.read)
@@ -104,11 +101,15 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--read", nargs="+", default=WAYS, help="some of the ways only")
     parser.add_argument(
         "--context-at-index",
-        metavar="TEXT",
-        nargs="?",
-        const=STAND_IN,
-        default="",
-        help="states are computed after a text, by default one of a lighthouse",
+        choices=("none", "documents"),
+        default="none",
+        help="what passages are read after, besides the preamble",
+    )
+    parser.add_argument(
+        "--order",
+        choices=("random", "alike"),
+        default="random",
+        help="of all passages when they are indexed: shuffled, or each behind the most similar one",
     )
     parser.add_argument("--half", choices=("odd", "even"), help="every other record only")
     parser.add_argument("--retrieve", type=int, help="so many passages out of all in the file")
@@ -141,6 +142,22 @@ def retrieved(records: Sequence[Record], top_k: int) -> list[Record]:
         Record(r.id, r.question, r.answers, tuple(passages[n] for n in numbers), r.kind)
         for r, numbers in zip(records, found, strict=True)
     ]
+
+
+def ordered(records: Sequence[Record], order: str) -> list[str]:
+    """All passages, in an order that is not the prompts'."""
+    passages = list(dict.fromkeys(p for record in records for p in record.passages))
+    random.Random(0).shuffle(passages)
+    if order == "random":
+        return passages
+    vectors = embedded(passages)
+    left = np.ones(len(passages), bool)
+    last, path = 0, [0]
+    while len(path) < len(passages):
+        left[last] = False
+        last = int(np.where(left, vectors @ vectors[last], -2.0).argmax())
+        path.append(last)
+    return [passages[n] for n in path]
 
 
 def embedded(texts: Sequence[str]) -> Any:
@@ -215,7 +232,6 @@ class Judge:
 
 def judged(engine: HCacheEngine, record: Record, wanted: Sequence[str]) -> dict[str, Row]:
     """One record, read in every way that is wanted."""
-    engine.precompute(record.passages)
     judge = Judge(engine, record)
     with trying(engine, prompt_of(record.passages, record.question), room_tokens=64) as trial:
         token_ids = trial.composition.token_ids.tolist()
@@ -272,6 +288,7 @@ def fingerprint(engine: HCacheEngine, options: argparse.Namespace) -> str:
         hashlib.sha256(options.data.read_bytes()).hexdigest(),
         options.storage_dtype,
         options.context_at_index,
+        options.order,
         *options.read,
         str(options.retrieve),
         PREAMBLE,

@@ -53,13 +53,13 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from hcache_rag.bundled import default_model_path
-from hcache_rag.indexing import PendingState, batches, store_batch
+from hcache_rag.indexing import store_batch
 from hcache_rag.llama_index import HCacheLLM, HCacheRetriever
 from hcache_rag.llama_index.folder import collecting_restores, documents_of
 from hcache_rag.models import load_model
 from hcache_rag.openmp import give_back_threads
+from hcache_rag.sequences import PendingState, alone, batches
 from hcache_rag.sources import FolderContents, read_folder
-from hcache_rag.state import child_key
 from hcache_rag.store import StateStore
 
 
@@ -371,7 +371,7 @@ def indexing(
     pending = []
     for text in texts:
         ids = engine.document_tokens(text)
-        pending.append(PendingState(child_key(engine.root, ids), ids, text))
+        pending.append(alone(PendingState(engine.root, ids, text)))
     batch = next(b for b in batches(pending) if len(b) > 1)
     after = adapter.prefill(engine.document_tokens(llm.preamble).tolist())
     bare: list[float] = []
@@ -382,7 +382,7 @@ def indexing(
         middle = time.perf_counter()
         with StateStore.open(folder / f"index-{run}") as store:
             opened = time.perf_counter()
-            store_batch(adapter, store, batch, layout, engine.root, engine.root, after)
+            store_batch(adapter, store, batch, layout, engine.root, after)
             store.sync()
             ended = time.perf_counter()
         if run >= 0:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from hcache_rag.compose import paths_before
 from hcache_rag.errors import StoreError
 from hcache_rag.prompt import Tokenizer
 from hcache_rag.state import StateKey, StateRecord, TokenIds
@@ -27,12 +29,14 @@ class ResolvedPiece:
         document: the known text whose first tokens these are; None for a gap.
         record: the state; None where the tokens must be read afresh.
         miss: why a known document has none.
+        others: states of the same tokens after other paths.
     """
 
     token_ids: TokenIds
     document: str | None
     record: StateRecord | None
     miss: str | None = None
+    others: tuple[StateRecord, ...] = ()
 
 
 class Catalogue:
@@ -40,7 +44,8 @@ class Catalogue:
 
     Args:
         root: the root of the state tree of the model and tokenizer in use.
-        parent: the path that new states are stored after, looked up first.
+        parent: the preamble's path: of several states of a text, one that was read right after it
+            comes last, since it has seen no other document.
         announced: texts that are documents, with a state or without.
     """
 
@@ -85,8 +90,8 @@ class Catalogue:
         known = {match.text: self._known(match.text) for match in matches}
 
         def stored(text: str) -> TokenIds | None:
-            record = known[text][0]
-            return None if record is None else record.token_ids
+            records = known[text][0]
+            return records[0].token_ids if records else None
 
         pieces = self._tokenizer.pieces(prompt, matches, add_bos=add_bos, stored=stored)
         return [
@@ -103,29 +108,41 @@ class Catalogue:
             logger.warning("%s; no stored document is looked for", error)
             return find_texts(prompt, [self._announced])
 
-    def _known(self, text: str) -> tuple[StateRecord | None, str | None]:
-        """The state of a text, computed after `parent` if there is such a one, or why not."""
+    def _known(self, text: str) -> tuple[list[StateRecord], str | None]:
+        """The states of a text, or why there are none; first those that were read behind others."""
         try:
             records = self._store.find(text)
         except StoreError as error:
-            return None, f"its state cannot be looked for ({error})"
+            return [], f"its state cannot be looked for ({error})"
         own = [r for r in records if r.root == self._root and r.key not in self._damaged]
         if own:
-            return max(own, key=lambda record: record.parent == self._parent), None
+            return sorted(own, key=lambda record: record.parent == self._parent), None
         reasons = [reason for damaged, reason in self._damaged.values() if damaged == text]
         if reasons:
-            return None, reasons[-1]
+            return [], reasons[-1]
         for record in records:
             if record.root != self._root:
                 name = self._store.model_names().get(record.root, "another model")
-                return None, f"state made by another model or tokenizer ({name})"
-        return None, NOT_STORED
+                return [], f"state made by another model or tokenizer ({name})"
+        return [], NOT_STORED
 
     def _resolve(
-        self, token_ids: TokenIds, document: str, record: StateRecord | None, miss: str | None
+        self, token_ids: TokenIds, document: str, records: list[StateRecord], miss: str | None
     ) -> ResolvedPiece:
-        if record is None:
+        if not records:
             return ResolvedPiece(token_ids, document, None, miss)
-        if np.array_equal(record.token_ids[: len(token_ids)], token_ids):
-            return ResolvedPiece(token_ids, document, record)
+        its = [r for r in records if np.array_equal(r.token_ids[: len(token_ids)], token_ids)]
+        if its:
+            return ResolvedPiece(token_ids, document, its[0], others=tuple(its[1:]))
         return ResolvedPiece(token_ids, document, None, "stored token ids differ from the prompt's")
+
+
+def exact_ones(pieces: Sequence[ResolvedPiece], root: StateKey) -> list[ResolvedPiece]:
+    """The pieces, with a state that was computed after all that stands before, if there is one."""
+    paths = paths_before([(piece.token_ids, piece.record) for piece in pieces], root)
+    without = len(pieces) - len(paths)
+    found = list(pieces[:without])
+    for path, piece in zip(paths, pieces[without:], strict=True):
+        exact = next((record for record in piece.others if record.parent == path), None)
+        found.append(piece if exact is None else replace(piece, record=exact, others=()))
+    return found

@@ -81,16 +81,28 @@ def compose(
         common = common_prefix(head, preamble.token_ids)
         if common >= MIN_PREAMBLE_TOKENS:
             spans.append(RestoredSpan(preamble, common, 0, is_exact=True))
-    path = child_key(root, head) if len(head) else root
     position = len(head)
-    for ids, record in _after_head(pieces):
+    paths = paths_before(pieces, root)
+    for path, (ids, record) in zip(paths, _after_head(pieces), strict=True):
         is_exact = record is not None and record.parent == path
         if record is not None and (is_exact or not exact_only):
             spans.append(RestoredSpan(record, len(ids), position, is_exact))
-        path = child_key(path, ids)
         position += len(ids)
     token_ids = _joined([ids for ids, _ in pieces])
     return Composition(token_ids, *_leave_last(spans, len(token_ids)))
+
+
+def paths_before(
+    pieces: Sequence[tuple[TokenIds, StateRecord | None]], root: StateKey
+) -> list[StateKey]:
+    """The key of all that stands before each piece, from the first one with a state on."""
+    head = _head(pieces)
+    path = child_key(root, head) if len(head) else root
+    paths = []
+    for ids, _ in _after_head(pieces):
+        paths.append(path)
+        path = child_key(path, ids) if len(ids) else path
+    return paths
 
 
 def _head(pieces: Sequence[tuple[TokenIds, Any]]) -> TokenIds:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hcache_rag.account import misses, provenance_of
 from hcache_rag.buffers import BufferPool
 from hcache_rag.cache import RestoringCache
-from hcache_rag.catalogue import Catalogue, ResolvedPiece
+from hcache_rag.catalogue import Catalogue, ResolvedPiece, exact_ones
 from hcache_rag.choice import (
     LEAST_TIME,
     LayoutChoice,
@@ -35,7 +35,7 @@ from hcache_rag.errors import (
 from hcache_rag.executor import open_restoring, span_sizes
 from hcache_rag.generation import GenerationOptions, decode
 from hcache_rag.identity import tokenizer_fingerprint
-from hcache_rag.indexing import Indexer, PendingState, PrecomputeReport
+from hcache_rag.indexing import Indexer, PrecomputeReport
 from hcache_rag.lanes import Cancelled
 from hcache_rag.layout import StateLayout
 from hcache_rag.measure import find_profile
@@ -47,6 +47,7 @@ from hcache_rag.profile import HardwareProfile
 from hcache_rag.prompt import Tokenization, Tokenizer
 from hcache_rag.provenance import Generation, Provenance
 from hcache_rag.repair import begin_repair, repair_share
+from hcache_rag.sequences import PendingState
 from hcache_rag.state import StateKey, StateRecord, TokenIds, root_key
 from hcache_rag.store import StateStore
 from hcache_rag.streaming import GenerationStream
@@ -82,9 +83,10 @@ class HCacheEngine:
             state was computed after the very tokens in front of them and keeps every bit. The
             others restore every document, and of the relocated ones' tokens repair a share: "high"
             30 %, "balanced" 15 %, "fast" 5 %, "none" 0, or a number from 0 to 1.
-        context_at_index: a text that stands between preamble and document while a document's state
-            is computed, and not in prompts; "" for none. A document that has seen another one is
-            nearer to what it is in a prompt behind others; it is never exact then.
+        context_at_index: what `precompute` reads before a document besides the preamble: "none",
+            or "documents": those before it in the same call. A document that has seen others is
+            nearer to what it is behind others in a prompt, and needs less repair; but it is not
+            exact behind the preamble alone.
         tokenization: "segmented" or "strict", see `hcache_rag.prompt.Tokenizer`.
         reference_mode: restore in transformers' own order of operations, slower.
         name: what a person calls the model.
@@ -107,13 +109,17 @@ class HCacheEngine:
         profile: HardwareProfile | Literal["auto"] | None = "auto",
         objective: Objective = LEAST_TIME,
         fidelity: Fidelity = "balanced",
-        context_at_index: str = "",
+        context_at_index: Literal["none", "documents"] = "none",
         tokenization: Tokenization = "segmented",
         reference_mode: bool = False,
         name: str | None = None,
     ) -> None:
-        if context_at_index and fidelity == "exact":
-            raise ValueError('with context_at_index no document is exact; fidelity is "exact"')
+        if context_at_index not in ("none", "documents"):
+            raise ValueError(f"context_at_index is 'none' or 'documents', not {context_at_index!r}")
+        if context_at_index == "documents" and fidelity == "exact":
+            raise ValueError(
+                'documents that are read behind others are not exact, but fidelity is "exact"'
+            )
         self.fidelity = fidelity
         self.repair_share = repair_share(fidelity)
         self.adapter = ModelAdapter(model, name)
@@ -126,6 +132,11 @@ class HCacheEngine:
         if profile == "auto":
             profile = find_profile(store.path if isinstance(store, StateStore) else store)
         self.choice = self._choose(representation, storage_dtype, profile, objective)
+        if context_at_index == "documents" and self.choice.layout.num_none:
+            raise ValueError(
+                "layers that keep nothing are computed again after what a document was read "
+                'after: that is not kept with context_at_index="documents"'
+            )
         self._is_asked_for = representation != "auto" or storage_dtype is not None
         self.reference_mode = reference_mode
         self.add_bos = add_bos
@@ -149,10 +160,8 @@ class HCacheEngine:
         self._prefixes = Prefixes(self.adapter, self.store, self.root)
         preamble_ids = self._tokens.preamble(self.preamble, add_bos=self.add_bos)
         self._parent = self._prefixes.add(self.root, preamble_ids)
-        context_ids = self._tokens.document(self.context_at_index.strip())
-        self._beside = self._prefixes.add(self._parent, context_ids)
         self._catalogue = Catalogue(
-            self.store, self._tokens, self.root, self._beside, self._announced
+            self.store, self._tokens, self.root, self._parent, self._announced
         )
         costs = self._profile.costs_of(self.adapter.spec) if self._profile is not None else None
         self._indexer = Indexer(
@@ -162,10 +171,10 @@ class HCacheEngine:
             self._prefixes,
             self.choice,
             self.root,
-            PendingState(self._parent, preamble_ids, self.preamble),
-            PendingState(self._beside, context_ids, self.context_at_index),
-            self._is_kept,
-            costs,
+            PendingState(self.root, preamble_ids, self.preamble),
+            is_chained=self.context_at_index == "documents",
+            is_kept=self._is_kept,
+            costs=costs,
         )
 
     def _follow_model(self) -> None:
@@ -356,19 +365,26 @@ class HCacheEngine:
     def _resolve(self, prompt: str, add_bos: bool | None) -> list[ResolvedPiece]:
         self._follow_model()
         bos = self.add_bos if add_bos is None else add_bos
-        return [self._usable(piece) for piece in self._catalogue.resolve(prompt, add_bos=bos)]
+        found = self._catalogue.resolve(prompt, add_bos=bos)
+        return exact_ones([self._usable(piece) for piece in found], self.root)
 
     def _usable(self, piece: ResolvedPiece) -> ResolvedPiece:
-        """The piece, without its state where that cannot be used as the engine is set."""
-        record = piece.record
-        if record is None:
+        """The piece, without states that cannot be used as the engine is set."""
+        if piece.record is None:
             return piece
-        miss = None
+        misses = {record: self._why_not(record) for record in (piece.record, *piece.others)}
+        usable = [record for record, miss in misses.items() if miss is None]
+        if not usable:
+            return replace(piece, record=None, others=(), miss=misses[piece.record])
+        return replace(piece, record=usable[0], others=tuple(usable[1:]))
+
+    def _why_not(self, record: StateRecord) -> str | None:
+        """Why a state cannot be used as the engine is set; None if it can."""
         if self.fidelity == "exact" and not record.layout.is_lossless(self.adapter.spec.dtype):
-            miss = f"kept as {record.layout}, which is not exact; see storage_dtype"
-        elif record.layout.num_none and record.parent not in self._prefixes:
-            miss = "some layers are not kept, and what it was computed after is not known"
-        return replace(piece, record=None, miss=miss) if miss else piece
+            return f"kept as {record.layout}, which is not exact; see storage_dtype"
+        if record.layout.num_none and record.parent not in self._prefixes:
+            return "some layers are not kept, and what it was computed after is not known"
+        return None
 
     def _compose(self, pieces: Sequence[ResolvedPiece]) -> Composition:
         has_preamble = self._parent != self.root and not self._catalogue.is_damaged(self._parent)

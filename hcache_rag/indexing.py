@@ -18,14 +18,22 @@ from hcache_rag.models import ModelAdapter
 from hcache_rag.prefixes import Prefixes
 from hcache_rag.profile import ModelCosts
 from hcache_rag.prompt import Tokenizer
-from hcache_rag.state import StateKey, StateRecord, TokenIds, child_key
+from hcache_rag.sequences import (
+    CHAIN_TOKENS,
+    PendingState,
+    TokenRow,
+    alone,
+    batches,
+    chained,
+)
+from hcache_rag.state import StateKey, StateRecord
 from hcache_rag.store import NewState, StateStore
 from hcache_rag.values import state_values
 
 logger = logging.getLogger("hcache_rag")
 
-BATCH_TOKENS = 2048
-"""Tokens of one captured batch, padding included."""
+SEPARATOR = "\n\n"
+"""What stands between documents that are read one behind another, as it does in prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +69,6 @@ class _Sums:
     continued_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PendingState:
-    """A document whose state is to be computed."""
-
-    key: StateKey
-    token_ids: TokenIds
-    text: str
-
-
 class Indexer:
     """Stores the states of texts, each after one preamble. Thread-safe.
 
@@ -77,8 +76,7 @@ class Indexer:
         choice: what states keep, and why.
         root: of the model's state tree.
         preamble: the state that prompts begin with; its key is `root` where it has no tokens.
-        context: the state after it that texts are read after; its key is the preamble's where it
-            has no tokens.
+        is_chained: texts are read one behind another, see `hcache_rag.sequences`.
         is_kept: whether a state that is stored already in some layout will do.
         costs: of the model on this machine, where they are known.
     """
@@ -92,7 +90,7 @@ class Indexer:
         choice: LayoutChoice,
         root: StateKey,
         preamble: PendingState,
-        context: PendingState,
+        is_chained: bool = False,
         is_kept: Callable[[StateLayout], bool] = lambda _layout: True,
         costs: ModelCosts | None = None,
     ) -> None:
@@ -103,7 +101,7 @@ class Indexer:
         self._choice = choice
         self._root = root
         self._preamble = preamble
-        self._context = context
+        self._is_chained = is_chained
         self._is_kept = is_kept
         self._costs = costs
         self._one_at_a_time = threading.Lock()
@@ -154,20 +152,32 @@ class Indexer:
         """Store states, those first that go on from a stored one; the records of each batch."""
         left = []
         for state in pending:
-            record = self._continue(state, sums)
+            record = None if self._is_chained else self._continue(state, sums)
             if record is None:
                 left.append(state)
             else:
                 yield [record]
-        for batch in batches(left):
-            records, num_bytes = self._store_batch(batch, self._context.key)
+        for batch in batches(self._rows(left)):
+            records, num_bytes = self._store_batch(batch, self._preamble.key)
             sums.tokens += sum(record.num_tokens for record in records)
             sums.num_bytes += num_bytes
             yield records
 
+    def _rows(self, pending: Sequence[PendingState]) -> list[TokenRow]:
+        """What is read at once."""
+        if not self._is_chained:
+            return [alone(state) for state in pending]
+        separator = self._tokenizer.gap(SEPARATOR)
+        return list(chained(pending, separator, min(CHAIN_TOKENS, self._room)))
+
+    @property
+    def _room(self) -> int:
+        """Tokens of the window behind the preamble."""
+        return self._adapter.spec.window_tokens - len(self._preamble.token_ids)
+
     def _continue(self, state: PendingState, sums: _Sums) -> StateRecord | None:
         """Store a state that begins as a stored one; None where there is none such."""
-        layout, parent = self._choice.layout, self._context.key
+        layout, parent = self._choice.layout, state.parent
         try:
             found = beginning_of(self._store, parent, layout, state.text, state.token_ids)
             if found is None:
@@ -186,7 +196,7 @@ class Indexer:
 
     def _store_continued(self, state: PendingState, found: Beginning) -> tuple[StateRecord, int]:
         after = cache_with(self._adapter, self._store, self._prefixes, found)
-        layout, parent = self._choice.layout, self._context.key
+        layout, parent = self._choice.layout, state.parent
         rest = state.token_ids[found.num_tokens :].tolist()
         captured = self._adapter.capture([rest], [f.representation for f in layout.layers], after)
         record = StateRecord(
@@ -202,43 +212,47 @@ class Indexer:
         pending: dict[StateKey, PendingState] = {}
         reused: set[StateKey] = set()
         skipped: list[tuple[str, str]] = []
-        before = len(self._preamble.token_ids) + len(self._context.token_ids)
-        room = self._adapter.spec.window_tokens - before
+        room = self._room
         for text in texts:
             stripped = text.strip()
-            token_ids = self._tokenizer.document(stripped)
-            key = child_key(self._context.key, token_ids)
-            if not len(token_ids):
+            state = PendingState(self._preamble.key, self._tokenizer.document(stripped), stripped)
+            if not len(state.token_ids):
                 skipped.append((stripped[:40], "empty"))
-            elif len(token_ids) > room:
-                reason = f"{len(token_ids)} tokens, but the window has room for {room}"
+            elif len(state.token_ids) > room:
+                reason = f"{len(state.token_ids)} tokens, but the window has room for {room}"
                 skipped.append((stripped[:40], reason))
-            elif key in pending or key in reused:
+            elif state.key in pending or state.key in reused:
                 continue
-            elif self._has(key):
-                reused.add(key)
+            elif self._has_text(state) if self._is_chained else self._has(state.key):
+                reused.add(state.key)
             else:
-                pending[key] = PendingState(key, token_ids, stripped)
+                pending[state.key] = state
         return list(pending.values()), len(reused), skipped
+
+    def _has_text(self, state: PendingState) -> bool:
+        """Whether a text has a state that was read behind others, whichever these were."""
+        return any(
+            record.root == self._root and record.parent != state.parent
+            for record in self._store.find(state.text)
+            if self._is_kept(record.layout)
+        )
 
     def _has(self, key: StateKey) -> bool:
         record = self._store.record(key)
         return record is not None and self._is_kept(record.layout)
 
     def _begin(self, on_stored: Callable[[StateRecord], None]) -> None:
-        """Say in the store what will be kept, and store what texts are read after."""
+        """Say in the store what will be kept, and store the preamble."""
         choice = self._choice
         name = self._adapter.spec.name
         self._store.name_model(self._root, name, str(choice.layout), choice.reason)
-        parent = self._root
-        for state in (self._preamble, self._context):
-            if state.key != parent and not self._has(state.key):
-                (record,), _ = self._store_batch([state], parent, is_preamble=True)
-                on_stored(record)
-            parent = state.key
+        preamble = self._preamble
+        if len(preamble.token_ids) and not self._has(preamble.key):
+            (record,), _ = self._store_batch([alone(preamble)], self._root, is_preamble=True)
+            on_stored(record)
 
     def _store_batch(
-        self, batch: Sequence[PendingState], parent: StateKey, *, is_preamble: bool = False
+        self, batch: Sequence[TokenRow], after: StateKey, *, is_preamble: bool = False
     ) -> tuple[list[StateRecord], int]:
         return store_batch(
             self._adapter,
@@ -246,54 +260,49 @@ class Indexer:
             batch,
             self._choice.layout,
             self._root,
-            parent,
-            self._prefixes.cache(parent),
+            self._prefixes.cache(after),
             is_preamble=is_preamble,
             costs=self._costs,
         )
 
 
-def batches(pending: Sequence[PendingState]) -> Iterator[list[PendingState]]:
-    """Documents in batches of similar length, at most `BATCH_TOKENS` tokens with padding."""
-    batch: list[PendingState] = []
-    for state in sorted(pending, key=lambda s: len(s.token_ids)):
-        if batch and (len(batch) + 1) * len(state.token_ids) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(state)
-    if batch:
-        yield batch
-
-
 def store_batch(
     adapter: ModelAdapter,
     store: StateStore,
-    batch: Sequence[PendingState],
+    batch: Sequence[TokenRow],
     layout: StateLayout,
     root: StateKey,
-    parent: StateKey,
     after: DynamicCache,
     *,
     is_preamble: bool = False,
     costs: ModelCosts | None = None,
 ) -> tuple[list[StateRecord], int]:
-    """Read a batch of documents after a prefix and store their states.
+    """Read a batch after a prefix, and store the states in it.
 
     Args:
+        after: the KV cache of the prefix.
         costs: what reading a document again would cost, by which states are kept or let go.
 
     Returns:
         The records, and the bytes of all values.
     """
-    token_ids = [state.token_ids.tolist() for state in batch]
+    token_ids = [row.token_ids.tolist() for row in batch]
     captured = adapter.capture(token_ids, [f.representation for f in layout.layers], after)
     new = []
-    for row, state in enumerate(batch):
-        record = StateRecord(
-            state.key, parent, root, state.token_ids, state.text, layout, time.time(), is_preamble
-        )
-        values = list(state_values(adapter, record, captured, row))
-        new.append(NewState(record, values, _saved_s(adapter, costs, record)))
+    for number, row in enumerate(batch):
+        for begin, state in row.states:
+            record = StateRecord(
+                state.key,
+                state.parent,
+                root,
+                state.token_ids,
+                state.text,
+                layout,
+                time.time(),
+                is_preamble,
+            )
+            values = list(state_values(adapter, record, captured, number, begin))
+            new.append(NewState(record, values, _saved_s(adapter, costs, record)))
     return [state.record for state in new], _put(store, new)
 
 

@@ -63,6 +63,10 @@ class Tokenizer:
         """The token ids of a document, shape (T,); control tokens in it stay text."""
         return token_array(self._inner(text.strip(), split_special=True)[0])
 
+    def gap(self, text: str) -> TokenIds:
+        """The token ids of what stands between two documents, shape (T,)."""
+        return token_array(self._inner(text, split_special=False)[0])
+
     def preamble(self, text: str, *, add_bos: bool) -> TokenIds:
         """The token ids of a prompt's head, shape (T,)."""
         ids = self._encode(text)[0] if text else []
@@ -99,8 +103,7 @@ class Tokenizer:
         return pieces
 
     def _gap(self, text: str, *, is_first: bool) -> Piece:
-        ids = self._encode(text)[0] if is_first else self._inner(text, split_special=False)[0]
-        return Piece(token_array(ids), None)
+        return Piece(token_array(self._encode(text)[0]) if is_first else self.gap(text), None)
 
     def _cut(self, match: Match, stored: Callable[[str], TokenIds | None]) -> tuple[TokenIds, int]:
         """The ids of a match, and how many of its characters they cover."""

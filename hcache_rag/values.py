@@ -21,17 +21,22 @@ from hcache_rag.state import StateRecord
 
 
 def state_values(
-    adapter: ModelAdapter, record: StateRecord, captured: Sequence[CapturedLayer], row: int
+    adapter: ModelAdapter,
+    record: StateRecord,
+    captured: Sequence[CapturedLayer],
+    row: int,
+    first: int = 0,
 ) -> Iterator[tuple[int, int, bytearray]]:
-    """(layer, chunk, value) of a state, from row `row` of a captured batch."""
+    """(layer, chunk, value) of a state, from token `first` of row `row` of a captured batch."""
     layout, length = record.layout, record.num_tokens
     for layer, (fmt, caught) in enumerate(zip(layout.layers, captured, strict=True)):
         for chunk in range(layout.num_chunks(length)):
             begin = chunk * layout.chunk_tokens
-            tokens = slice(begin, min(begin + layout.chunk_tokens, length))
+            end = min(begin + layout.chunk_tokens, length)
+            tokens = slice(first + begin, first + end)
             arrays = chunk_arrays(adapter, layer, fmt, caught, row, tokens)
             if arrays:
-                shape = ChunkShape(fmt, tokens.stop - tokens.start, adapter.spec)
+                shape = ChunkShape(fmt, end - begin, adapter.spec)
                 yield layer, chunk, codec.encode(shape, record.key, layer, chunk, arrays)
 
 

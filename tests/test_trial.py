@@ -14,11 +14,8 @@ from oracle import (
     Part,
     block_prefill,
     document,
-    document_state,
-    encode,
     greedy,
     prefill,
-    rotate,
 )
 from peers import cacheblend, epic_positions
 from qa import exact_match, f1, read_records, substring_match
@@ -136,44 +133,6 @@ def test_cacheblend_with_every_token_is_full_prefill(engine: HCacheEngine) -> No
         torch.testing.assert_close(cacheblend(engine.adapter, trial, 5).first, few.first)
         nothing = trial.read(np.empty(0, np.int64))
         assert not torch.equal(cacheblend(engine.adapter, trial, 0).first, nothing.first)
-
-
-CONTEXT = "Something else is read before, and then forgotten."
-
-
-def test_states_may_be_computed_after_a_text_that_prompts_do_not_have(store: StateStore) -> None:
-    """K and V are those behind preamble and text, rotated to where a document stands in the prompt.
-
-    All are relocated, also for an engine that opens the store later and does not say the text; with
-    everything read again the answer is full prefill's.
-    """
-    model = model_of(SHAPES[2])
-    options: dict[str, Any] = {"preamble": PREAMBLE, "storage_dtype": "float32", "fidelity": "none"}
-    engine = HCacheEngine(model, TOKENIZER, store, context_at_index=CONTEXT, **options)
-    engine.precompute(DOCUMENTS)
-    assert store.stats().documents == len(DOCUMENTS)
-    before = [*encode(TOKENIZER, PREAMBLE, is_document=False)]
-    before += encode(TOKENIZER, CONTEXT, is_document=True)
-    for asked in (engine, HCacheEngine(model, TOKENIZER, store, **options)):
-        with trying(asked, PROMPT, room_tokens=8) as trial:
-            spans = trial.composition.spans
-            assert [span.is_exact for span in spans] == [True, False, False, False]
-            slot = spans[0].num_tokens
-            for span in spans[1:]:
-                state = document_state(model, before, span.record.token_ids.tolist())
-                keys = rotate(model, state.keys, span.position)
-                for layer in range(len(keys)):
-                    rows = slice(slot, slot + span.num_tokens)
-                    found = [side[:, rows] for side in trial.stale(layer)]
-                    torch.testing.assert_close(found[0], keys[layer], **NEAR)
-                    torch.testing.assert_close(found[1], state.values[layer], **NEAR)
-                slot += span.num_tokens
-            everything = trial.read(trial.composition.restored_positions)
-            torch.testing.assert_close(everything.first, whole(asked, trial), **NEAR)
-    with pytest.raises(ValueError, match="no document is exact"):
-        HCacheEngine(
-            model, TOKENIZER, store, context_at_index=CONTEXT, **options | {"fidelity": "exact"}
-        )
 
 
 # --- scores -------------------------------------------------------------------------------------
