@@ -150,8 +150,12 @@ class HCacheEngine:
         self._announced = TextSet()
         self._warned: set[str] = set()
         self._rebinding = threading.Lock()
-        self._bind()
-        self._warn_if_foreign()
+        try:
+            self._bind()
+            self._warn_if_foreign()
+        except BaseException:
+            self.close()
+            raise
         give_back_threads()  # the model has been loaded here; requests may come from elsewhere
 
     def _bind(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -179,7 +179,7 @@ def ask(
         llm = ModelChoice.of(persist_dir).load(
             persist_dir, max_new_tokens=max_new_tokens, fidelity=dial
         )
-    with quiet_transformers():
+    with quiet_transformers(), closing(llm):
         answer = ask_index(
             persist_dir,
             llm,
@@ -187,7 +187,6 @@ def ask(
             top_k=top_k,
             on_text=None if as_json else lambda text: out.out(text, end="", highlight=False),
         )
-    llm.close()
     if as_json:
         print_json(asdict(answer))
         return

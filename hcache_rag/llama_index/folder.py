@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -120,12 +120,15 @@ def index_folder(
             where the states have no profile of it; None leaves it unmeasured.
     """
     llm = choice.load(None)
-    if on_measure is not None:
-        _ensure_profile(llm.adapter, persist_dir / STATES, on_measure)
-    retriever = HCacheRetriever.from_documents(
-        documents_of(contents), llm=llm, persist_dir=persist_dir, on_progress=on_progress
-    )
-    choice.save(persist_dir)
+    with ExitStack() as on_failure:
+        on_failure.callback(llm.close)
+        if on_measure is not None:
+            _ensure_profile(llm.adapter, persist_dir / STATES, on_measure)
+        retriever = HCacheRetriever.from_documents(
+            documents_of(contents), llm=llm, persist_dir=persist_dir, on_progress=on_progress
+        )
+        choice.save(persist_dir)
+        on_failure.pop_all()
     return retriever.report or PrecomputeReport(), llm
 
 

@@ -185,7 +185,11 @@ class HCacheLLM(CustomLLM):
         if store is not None:
             self._store = store if isinstance(store, StateStore) else _open(store)
         if self._store is not None:
-            self._engine = self._new_engine(self._store)
+            try:
+                self._engine = self._new_engine(self._store)
+            except BaseException:
+                self.close()
+                raise
 
     @classmethod
     def class_name(cls) -> str:
