@@ -30,6 +30,7 @@ def provenance_of(
 ) -> Provenance:
     """The provenance of a prompt, or of the plan for one where `timeline` is None."""
     missed = [p for p in pieces if p.document is not None and p.record is None]
+    paths = {p.record.key for p in pieces if p.is_path and p.record is not None}
     spent = dict(seconds)
     if timeline is not None:
         spent.update(
@@ -49,7 +50,9 @@ def provenance_of(
         repaired_tokens=repaired,
         fresh_tokens=len(composition.fresh_positions),
         missed_tokens=sum(len(p.token_ids) for p in missed),
-        documents_restored=sum(not span.record.is_preamble for span in composition.spans),
+        documents_restored=sum(
+            not (span.record.is_preamble or span.record.key in paths) for span in composition.spans
+        ),
         documents_missed=len(missed),
         bytes_read=timeline.bytes_read if timeline is not None else 0,
         seconds=spent,

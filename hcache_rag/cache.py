@@ -121,6 +121,27 @@ class RestoringCache(Cache):
             "attention_mask": mask.to(device),
         }
 
+    def copied(self, first: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """K and V, (L, G, n, D) each, of `tokens` tokens from position `first` on, in order.
+
+        Those that were decoded stand behind the prompt's. The tensors have memory of their own.
+        """
+        filled = self.restoring_layers[-1].get_seq_length()
+        decoded = torch.arange(len(self.position_of_slot), filled)
+        slots = torch.cat((self._slot_of_position, decoded))[first : first + tokens]
+        if len(slots) < tokens:
+            raise ValueError(f"{first + tokens} tokens are not in a cache of {filled}")
+        index = slots.to(self.adapter.device)
+        return (
+            self.buffers.keys[:, 0].index_select(2, index),
+            self.buffers.values[:, 0].index_select(2, index),
+        )
+
+    @property
+    def num_filled(self) -> int:
+        """Tokens whose K and V are in every layer."""
+        return self.restoring_layers[-1].get_seq_length()
+
     def by_position(self, layer: int) -> tuple[Tensor, Tensor]:
         """K and V of a layer in the order of positions, (1, G, n, D) each; copies."""
         filled = self.restoring_layers[layer].get_seq_length()

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from hcache_rag.compose import paths_before
 from hcache_rag.errors import StoreError
+from hcache_rag.keeper import Opening
+from hcache_rag.paths import Step
 from hcache_rag.prompt import Tokenizer
-from hcache_rag.state import StateKey, StateRecord, TokenIds
+from hcache_rag.state import StateKey, StateRecord, TokenIds, token_array
 from hcache_rag.store import StateStore
 from hcache_rag.texts import Match, TextSet, find_texts
 
 logger = logging.getLogger("hcache_rag")
 
 NOT_STORED = "no stored state"
+
+NO_TOKENS = token_array([])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +34,7 @@ class ResolvedPiece:
         record: the state; None where the tokens must be read afresh.
         miss: why a known document has none.
         others: states of the same tokens after other paths.
+        is_path: the state is one of the path that the prompt begins with.
     """
 
     token_ids: TokenIds
@@ -37,6 +42,48 @@ class ResolvedPiece:
     record: StateRecord | None
     miss: str | None = None
     others: tuple[StateRecord, ...] = ()
+    is_path: bool = False
+
+
+@dataclass(slots=True)
+class Resolved:
+    """A prompt in pieces.
+
+    Args:
+        prompt: its text.
+        first: that of the tokens that were put in front of it.
+        pieces: one behind another.
+        walked: the path that it was found to begin with.
+        documents_end: characters up to the end of its last document; 0 where it has none behind
+            the path.
+    """
+
+    prompt: str
+    first: str
+    pieces: list[ResolvedPiece]
+    walked: tuple[Step, ...]
+    documents_end: int
+
+    @property
+    def opening(self) -> Opening | None:
+        """Its beginning up to the end of its last document, if it has documents."""
+        last = max((n for n, p in enumerate(self.pieces) if p.document is not None), default=None)
+        if last is None:
+            return None
+        token_ids = np.concatenate([piece.token_ids for piece in self.pieces[: last + 1]])
+        return Opening(token_ids, self.first + self.prompt[: self.documents_end])
+
+    def path_end(self, root: StateKey) -> tuple[StateKey, int, int]:
+        """The last state of its path that it has all tokens of, or `root`; tokens and characters up
+        to there.
+        """
+        key, tokens, chars = root, 0, 0
+        for step, piece in zip(self.walked, self.pieces, strict=False):
+            if piece.record is not step.record or len(piece.token_ids) < step.record.num_tokens:
+                break
+            key, tokens = step.record.key, tokens + step.num_tokens
+            chars += step.num_chars
+        return key, tokens, chars
 
 
 class Catalogue:
@@ -84,29 +131,49 @@ class Catalogue:
         """Whether a state turned out to be unusable."""
         return key in self._damaged
 
-    def resolve(self, prompt: str, *, add_bos: bool) -> list[ResolvedPiece]:
-        """Cut a prompt into pieces and find their states."""
-        matches = self._matches(prompt)
+    def resolve(self, prompt: str, *, add_bos: bool, walked: Sequence[Step] = ()) -> Resolved:
+        """Cut a prompt into pieces and find their states.
+
+        Args:
+            walked: the path that it begins with; documents are looked for behind it.
+        """
+        known_chars = sum(step.num_chars for step in walked)
+        matches = self._matches(prompt, known_chars)
+        path = np.concatenate([s.record.token_ids[: s.num_tokens] for s in walked] or [NO_TOKENS])
         known = {match.text: self._known(match.text) for match in matches}
 
         def stored(text: str) -> TokenIds | None:
             records = known[text][0]
             return records[0].token_ids if records else None
 
-        pieces = self._tokenizer.pieces(prompt, matches, add_bos=add_bos, stored=stored)
-        return [
-            ResolvedPiece(piece.token_ids, None, None)
-            if piece.document is None
-            else self._resolve(piece.token_ids, piece.document, *known[piece.document])
-            for piece in pieces
-        ]
+        pieces = self._tokenizer.pieces(
+            prompt,
+            matches,
+            add_bos=add_bos,
+            stored=stored,
+            known=(path, known_chars) if walked else None,
+        )
+        resolved = list[ResolvedPiece]()
+        for piece in pieces:
+            if piece.is_known:
+                resolved += _walked(piece.token_ids, walked)
+            elif piece.document is None:
+                resolved.append(ResolvedPiece(piece.token_ids, None, None))
+            else:
+                its = known[piece.document]
+                resolved.append(self._resolve(piece.token_ids, piece.document, *its))
+        first = self._tokenizer.first(prompt, add_bos=add_bos)
+        end = matches[-1].end if matches else 0
+        return Resolved(prompt, first, resolved, tuple(walked), end)
 
-    def _matches(self, prompt: str) -> list[Match]:
+    def _matches(self, prompt: str, start: int) -> list[Match]:
+        rest = prompt[start:]
         try:
-            return find_texts(prompt, [self._store, self._announced])
+            found = find_texts(rest, [self._store, self._announced])
         except StoreError as error:
             logger.warning("%s; no stored document is looked for", error)
-            return find_texts(prompt, [self._announced])
+            found = find_texts(rest, [self._announced])
+        return [Match(m.start + start, m.end + start, m.text) for m in found]
 
     def _known(self, text: str) -> tuple[list[StateRecord], str | None]:
         """The states of a text, or why there are none; first those that were read behind others."""
@@ -135,6 +202,16 @@ class Catalogue:
         if its:
             return ResolvedPiece(token_ids, document, its[0], others=tuple(its[1:]))
         return ResolvedPiece(token_ids, document, None, "stored token ids differ from the prompt's")
+
+
+def _walked(token_ids: TokenIds, steps: Sequence[Step]) -> Iterator[ResolvedPiece]:
+    """The tokens that a prompt has in common with a path, as pieces."""
+    left = len(token_ids)
+    for step in steps:
+        tokens = min(step.num_tokens, left)
+        if tokens:
+            yield ResolvedPiece(step.record.token_ids[:tokens], None, step.record, is_path=True)
+        left -= tokens
 
 
 def exact_ones(pieces: Sequence[ResolvedPiece], root: StateKey) -> list[ResolvedPiece]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hcache_rag.state import StateKey, StateRecord, TokenIds, child_key, token_array
+from hcache_rag.state import StateKey, StateRecord, TokenIds, child_key, common_prefix, token_array
 
 MIN_PREAMBLE_TOKENS = 8
 """A shorter common head with the stored preamble is not worth reading."""
@@ -123,13 +123,6 @@ def _after_head(
     pieces: Sequence[tuple[TokenIds, StateRecord | None]],
 ) -> Iterator[tuple[TokenIds, StateRecord | None]]:
     return dropwhile(lambda piece: piece[1] is None, pieces)
-
-
-def common_prefix(a: TokenIds, b: TokenIds) -> int:
-    """With how many tokens both begin."""
-    length = min(len(a), len(b))
-    differing = np.flatnonzero(a[:length] != b[:length])
-    return int(differing[0]) if len(differing) else length
 
 
 def _leave_last(

@@ -16,12 +16,12 @@ from transformers import DynamicCache
 from hcache_rag import codec
 from hcache_rag.buffers import Buffers
 from hcache_rag.codec import ChunkShape
-from hcache_rag.compose import Composition, RestoredSpan, common_prefix
+from hcache_rag.compose import Composition, RestoredSpan
 from hcache_rag.executor import open_restoring
 from hcache_rag.layout import LayerFormat, Representation, StateLayout
 from hcache_rag.models import CapturedLayer, ModelAdapter
 from hcache_rag.prefixes import Prefixes
-from hcache_rag.state import StateKey, StateRecord, TokenIds
+from hcache_rag.state import StateKey, StateRecord, TokenIds, common_prefix
 from hcache_rag.store import StateStore, StoreReader
 from hcache_rag.values import chunk_arrays
 

@@ -8,15 +8,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hcache_rag.account import misses, provenance_of
 from hcache_rag.buffers import BufferPool
 from hcache_rag.cache import RestoringCache
-from hcache_rag.catalogue import Catalogue, ResolvedPiece, exact_ones
+from hcache_rag.catalogue import Catalogue, Resolved, ResolvedPiece, exact_ones
 from hcache_rag.choice import (
     LEAST_TIME,
     LayoutChoice,
@@ -32,15 +33,17 @@ from hcache_rag.errors import (
     StoreError,
     UnsupportedModelError,
 )
-from hcache_rag.executor import open_restoring, span_sizes
+from hcache_rag.executor import Readable, open_restoring, span_sizes
 from hcache_rag.generation import GenerationOptions, decode
 from hcache_rag.identity import tokenizer_fingerprint
 from hcache_rag.indexing import Indexer, PrecomputeReport
+from hcache_rag.keeper import Keeper
 from hcache_rag.lanes import Cancelled
 from hcache_rag.layout import StateLayout
 from hcache_rag.measure import find_profile
 from hcache_rag.models import ModelAdapter
 from hcache_rag.openmp import give_back_threads, lent_threads
+from hcache_rag.paths import MAX_BYTES, MIN_TOKENS, Paths, Shelf, Snapshot, said
 from hcache_rag.planner import Planner
 from hcache_rag.prefixes import Prefixes
 from hcache_rag.profile import HardwareProfile
@@ -48,7 +51,7 @@ from hcache_rag.prompt import Tokenization, Tokenizer
 from hcache_rag.provenance import Generation, Provenance
 from hcache_rag.repair import begin_repair, repair_share
 from hcache_rag.sequences import PendingState
-from hcache_rag.state import StateKey, StateRecord, TokenIds, root_key
+from hcache_rag.state import StateRecord, TokenIds, root_key, token_array
 from hcache_rag.store import StateStore
 from hcache_rag.streaming import GenerationStream
 from hcache_rag.texts import TextSet
@@ -56,6 +59,20 @@ from hcache_rag.texts import TextSet
 logger = logging.getLogger("hcache_rag")
 
 Fidelity = Literal["exact", "high", "balanced", "fast", "none"] | float
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A prompt to answer, and what becomes known of it on the way."""
+
+    resolved: Resolved
+    options: GenerationOptions
+    on_text: Callable[[str], None] | None
+    cancelled: threading.Event
+    started: float
+    seconds: dict[str, float]
+    warnings: list[str]
+    remember: bool
 
 
 class HCacheEngine:
@@ -87,6 +104,10 @@ class HCacheEngine:
             or "documents": those before it in the same call. A document that has seen others is
             nearer to what it is behind others in a prompt, and needs less repair; but it is not
             exact behind the preamble alone.
+        paths_max_bytes: the most that exact paths may take in the store: conversations (see
+            `generate`), and rows of documents that recur. 0 keeps and uses none.
+        keep_recurring: read a row of documents that was asked for three times as a whole, in the
+            background, and keep it: from then on it is exact, and answers may be other ones.
         tokenization: "segmented" or "strict", see `hcache_rag.prompt.Tokenizer`.
         reference_mode: restore in transformers' own order of operations, slower.
         name: what a person calls the model.
@@ -110,6 +131,8 @@ class HCacheEngine:
         objective: Objective = LEAST_TIME,
         fidelity: Fidelity = "balanced",
         context_at_index: Literal["none", "documents"] = "none",
+        paths_max_bytes: int = MAX_BYTES,
+        keep_recurring: bool = False,
         tokenization: Tokenization = "segmented",
         reference_mode: bool = False,
         name: str | None = None,
@@ -142,6 +165,8 @@ class HCacheEngine:
         self.add_bos = add_bos
         self.preamble = preamble
         self.context_at_index = context_at_index
+        self._paths_max_bytes = paths_max_bytes
+        self._keep_recurring = keep_recurring
         self._profile = profile
         self._owns_store = not isinstance(store, StateStore)
         self.store = store if isinstance(store, StateStore) else StateStore.open(store)
@@ -150,6 +175,7 @@ class HCacheEngine:
         self._announced = TextSet()
         self._warned: set[str] = set()
         self._rebinding = threading.Lock()
+        self._keeper: Keeper | None = None
         try:
             self._bind()
             self._warn_if_foreign()
@@ -168,6 +194,18 @@ class HCacheEngine:
             self.store, self._tokens, self.root, self._parent, self._announced
         )
         costs = self._profile.costs_of(self.adapter.spec) if self._profile is not None else None
+        if self._keeper is not None:
+            self._keeper.close()
+        self.paths = Paths(
+            self.adapter,
+            self.store,
+            self._tokens,
+            self.root,
+            max_bytes=self._paths_max_bytes,
+            is_usable=lambda record: self._why_not(record) is None,
+            costs=costs,
+        )
+        self._keeper = Keeper(self.adapter, self.paths, self.root, recurring=self._keep_recurring)
         self._indexer = Indexer(
             self.adapter,
             self.store,
@@ -221,11 +259,11 @@ class HCacheEngine:
 
     def count_tokens(self, prompt: str) -> int:
         """Tokens of a prompt as it would be read."""
-        return sum(len(piece.token_ids) for piece in self._resolve(prompt, None))
+        return sum(len(piece.token_ids) for piece in self._resolve(prompt, None).pieces)
 
     def prompt_tokens(self, prompt: str) -> TokenIds:
         """The token ids (N,) of a prompt as it would be read."""
-        return self._compose(self._resolve(prompt, None)).token_ids
+        return self._compose(self._resolve(prompt, None).pieces).token_ids
 
     def document_tokens(self, text: str) -> TokenIds:
         """The token ids (T,) that a document's state is kept for."""
@@ -233,7 +271,7 @@ class HCacheEngine:
 
     def plan(self, prompt: str, *, add_bos: bool | None = None) -> Provenance:
         """What would be restored and read for a prompt, without doing it."""
-        pieces = self._resolve(prompt, add_bos)
+        pieces = self._resolve(prompt, add_bos).pieces
         composition = self._compose(pieces)
         plan, _ = self.planner.plan(
             span_sizes(composition, self._prefixes), len(composition.fresh_positions)
@@ -247,14 +285,20 @@ class HCacheEngine:
         *,
         options: GenerationOptions | None = None,
         add_bos: bool | None = None,
+        remember: bool = False,
         on_text: Callable[[str], None] | None = None,
         cancelled: threading.Event | None = None,
     ) -> Generation:
-        """Answer a prompt, restoring the documents in it that have a state.
+        """Answer a prompt, restoring what of it was read before.
+
+        That is the longest stored path that it begins with, and behind it the documents that have a
+        state.
 
         Args:
             options: how to decode.
             add_bos: overrides the engine's for this prompt.
+            remember: keep the prompt and its answer as a path, in the background: a prompt that
+                goes on from there, the next turn of a conversation, restores all of it.
             on_text: called with each new piece of text as soon as its token is known.
             cancelled: set it from elsewhere to end after the token that is being computed.
 
@@ -265,19 +309,20 @@ class HCacheEngine:
         started = time.perf_counter()
         options = options or GenerationOptions()
         cancelled = cancelled or threading.Event()
-        pieces = self._resolve(prompt, add_bos)
+        resolved = self._resolve(prompt, add_bos)
         seconds = {"match": time.perf_counter() - started}
         warnings: list[str] = []
+        request = _Request(
+            resolved, options, on_text, cancelled, started, seconds, warnings, remember
+        )
         while True:
             composing = time.perf_counter()
-            composition = self._compose(pieces)
+            composition = self._compose(resolved.pieces)
             seconds["compose"] = time.perf_counter() - composing
             try:
-                return self._run(
-                    composition, pieces, options, on_text, cancelled, started, seconds, warnings
-                )
+                return self._run(composition, request)
             except StateError as error:
-                pieces = self._without(pieces, error, warnings)
+                resolved.pieces = self._without(resolved.pieces, error, warnings)
 
     def stream(
         self,
@@ -285,11 +330,17 @@ class HCacheEngine:
         *,
         options: GenerationOptions | None = None,
         add_bos: bool | None = None,
+        remember: bool = False,
     ) -> GenerationStream:
         """Answer a prompt piece by piece; closing the stream stops the computation."""
         return GenerationStream(
             lambda on_text, cancelled: self.generate(
-                prompt, options=options, add_bos=add_bos, on_text=on_text, cancelled=cancelled
+                prompt,
+                options=options,
+                add_bos=add_bos,
+                remember=remember,
+                on_text=on_text,
+                cancelled=cancelled,
             )
         )
 
@@ -308,7 +359,8 @@ class HCacheEngine:
         Raises:
             StateError: from recomputing, or from the pass, a state that cannot be used.
         """
-        composition = self._compose(self._resolve(prompt, None))
+        pieces = self._resolve(prompt, None).pieces
+        composition = self._compose(pieces)
         _, work = self.planner.plan(
             span_sizes(composition, self._prefixes), len(composition.fresh_positions)
         )
@@ -318,7 +370,7 @@ class HCacheEngine:
                 self.adapter,
                 composition,
                 buffers,
-                self.store,
+                self._shelf(pieces),
                 work=work,
                 prefixes=self._prefixes,
                 reference_mode=self.reference_mode,
@@ -327,8 +379,15 @@ class HCacheEngine:
             execution.recompute()
             yield composition, cache
 
+    def flush(self) -> None:
+        """Wait until everything that is to be remembered is stored."""
+        if self._keeper is not None:
+            self._keeper.flush()
+
     def close(self) -> None:
-        """Close the store, if the engine opened it."""
+        """Write what is to be remembered; close the store, if the engine opened it."""
+        if self._keeper is not None:
+            self._keeper.close()
         if self._owns_store:
             self.store.close()
 
@@ -366,11 +425,19 @@ class HCacheEngine:
             return layout == self.choice.layout
         return self.fidelity != "exact" or layout.is_lossless(self.adapter.spec.dtype)
 
-    def _resolve(self, prompt: str, add_bos: bool | None) -> list[ResolvedPiece]:
+    def _resolve(self, prompt: str, add_bos: bool | None) -> Resolved:
         self._follow_model()
         bos = self.add_bos if add_bos is None else add_bos
-        found = self._catalogue.resolve(prompt, add_bos=bos)
-        return exact_ones([self._usable(piece) for piece in found], self.root)
+        walked = self._keeper.walk(prompt, add_bos=bos) if self._keeper is not None else []
+        found = self._catalogue.resolve(prompt, add_bos=bos, walked=walked)
+        found.pieces = exact_ones([self._usable(piece) for piece in found.pieces], self.root)
+        return found
+
+    def _shelf(self, pieces: Sequence[ResolvedPiece]) -> Readable:
+        """Where the states of some pieces are read from."""
+        keys = {p.record.key for p in pieces if p.is_path and p.record is not None}
+        paths = self.paths.store
+        return Shelf(self.store, paths, keys) if keys and paths is not None else self.store
 
     def _usable(self, piece: ResolvedPiece) -> ResolvedPiece:
         """The piece, without states that cannot be used as the engine is set."""
@@ -386,6 +453,8 @@ class HCacheEngine:
         """Why a state cannot be used as the engine is set; None if it can."""
         if self.fidelity == "exact" and not record.layout.is_lossless(self.adapter.spec.dtype):
             return f"kept as {record.layout}, which is not exact; see storage_dtype"
+        if self.fidelity == "exact" and record.is_approximate:
+            return "it goes on from something that was restored with a loss"
         if record.layout.num_none and record.parent not in self._prefixes:
             return "some layers are not kept, and what it was computed after is not known"
         return None
@@ -402,17 +471,9 @@ class HCacheEngine:
             exact_only=self.fidelity == "exact",
         )
 
-    def _run(
-        self,
-        composition: Composition,
-        pieces: Sequence[ResolvedPiece],
-        options: GenerationOptions,
-        on_text: Callable[[str], None] | None,
-        cancelled: threading.Event,
-        started: float,
-        seconds: dict[str, float],
-        warnings: list[str],
-    ) -> Generation:
+    def _run(self, composition: Composition, request: _Request) -> Generation:
+        options, cancelled, seconds = request.options, request.cancelled, request.seconds
+        pieces = request.resolved.pieces
         num_tokens, window = len(composition.token_ids), self.adapter.spec.window_tokens
         if not num_tokens:
             raise ValueError("the prompt is empty")
@@ -422,9 +483,9 @@ class HCacheEngine:
 
         def emit(text: str) -> None:
             if "first_token" not in seconds:
-                seconds["first_token"] = time.perf_counter() - started
-            if text and on_text:
-                on_text(text)
+                seconds["first_token"] = time.perf_counter() - request.started
+            if text and request.on_text:
+                request.on_text(text)
 
         sizes = span_sizes(composition, self._prefixes)
         plan, work = self.planner.plan(sizes, len(composition.fresh_positions))
@@ -435,7 +496,7 @@ class HCacheEngine:
                 self.adapter,
                 composition,
                 buffers,
-                self.store,
+                self._shelf(pieces),
                 work=work,
                 prefixes=self._prefixes,
                 reference_mode=self.reference_mode,
@@ -456,17 +517,62 @@ class HCacheEngine:
                     emit,
                     cancelled,
                 )
+                if request.remember and reason != "cancelled":
+                    self._remember(request.resolved, cache, text, token_ids)
             except Cancelled:
                 text, token_ids, reason = "", (), "cancelled"
         timeline = execution.timeline
         if reason != "cancelled":
             self.planner.observe(timeline, plan)
         provenance = provenance_of(
-            composition, pieces, seconds, timeline, warnings, repaired=repaired, plan=plan
+            composition, pieces, seconds, timeline, request.warnings, repaired=repaired, plan=plan
         )
         self._count_use(pieces)
+        if composition.num_restored > composition.num_exact:
+            self._count_opening(request.resolved)
         self._warn_of(pieces)
         return Generation(text, token_ids, reason, provenance, timeline)
+
+    def _remember(
+        self,
+        resolved: Resolved,
+        cache: RestoringCache,
+        answer: str,
+        answer_ids: Sequence[int],
+    ) -> None:
+        """Keep what was read and said behind the path that the prompt begins with."""
+        parent, first, chars = resolved.path_end(self.root)
+        its_ids = cache.composition.token_ids
+        fed = answer_ids[: cache.num_filled - len(its_ids)]
+        count, spoken = said(self._tokens, answer, fed)
+        token_ids = np.concatenate((its_ids[first:], token_array(fed[:count])))
+        if not count or len(token_ids) < MIN_TOKENS or self._keeper is None:
+            return
+        text = resolved.prompt[chars:] + spoken
+        snapshot = Snapshot(
+            parent,
+            token_ids,
+            resolved.first + text if parent == self.root else text,
+            first,
+            *cache.copied(first, len(token_ids)),
+            is_approximate=not self._is_exact(cache.composition),
+        )
+        self._keeper.keep(snapshot, resolved.prompt)
+
+    def _is_exact(self, composition: Composition) -> bool:
+        """Whether what is restored is what the model would have computed, but for rounding."""
+        dtype = self.adapter.spec.dtype
+        return all(
+            span.is_exact
+            and span.record.layout.is_lossless(dtype)
+            and not span.record.is_approximate
+            for span in composition.spans
+        )
+
+    def _count_opening(self, resolved: Resolved) -> None:
+        opening = resolved.opening
+        if opening is not None and self._keeper is not None:
+            self._keeper.count(opening)
 
     def _count_use(self, pieces: Sequence[ResolvedPiece]) -> None:
         documents = [piece for piece in pieces if piece.document is not None]
@@ -477,6 +583,7 @@ class HCacheEngine:
             hit_tokens=sum(len(p.token_ids) for p in documents if p.record is not None),
             missed_tokens=sum(len(p.token_ids) for p in missed),
         )
+        self.paths.count_use(p.record.key for p in pieces if p.is_path and p.record is not None)
 
     def _warn_of(self, pieces: Sequence[ResolvedPiece]) -> None:
         """Log why documents have no usable state, once for each of them."""
@@ -491,15 +598,12 @@ class HCacheEngine:
         message = f"{error}; it was dropped and its tokens are read afresh"
         warnings.append(message)
         logger.warning(message)
-        record = self.store.record(error.key)
-        text = record.text if record is not None else ""
-        self._catalogue.mark_damaged(error.key, text, f"damaged state ({error.reason})")
-        self.store.count_use(damaged=1)
-        if not self.store.read_only:
-            try:
-                self.store.delete(error.key, unless_changed=self._used(pieces, error.key))
-            except StoreError as failure:
-                logger.warning("it could not be dropped: %s", failure)
+        used = next((p for p in pieces if p.record and p.record.key == error.key), None)
+        record = used.record if used is not None else None
+        if record is not None and used is not None and used.is_path:
+            self.paths.drop(record)
+        else:
+            self._drop(error, record)
         return [
             ResolvedPiece(p.token_ids, p.document, None)  # its warning has been given
             if p.record is not None and p.record.key == error.key
@@ -507,10 +611,17 @@ class HCacheEngine:
             for p in pieces
         ]
 
-    def _used(self, pieces: Sequence[ResolvedPiece], key: StateKey) -> StateRecord | None:
-        """The record that was restored from: another one by now may be whole."""
-        records = (piece.record for piece in pieces if piece.record is not None)
-        return next((record for record in records if record.key == key), None)
+    def _drop(self, error: StateError, used: StateRecord | None) -> None:
+        """Drop a document's state that failed, unless another one is there by now."""
+        record = self.store.record(error.key)
+        text = record.text if record is not None else ""
+        self._catalogue.mark_damaged(error.key, text, f"damaged state ({error.reason})")
+        self.store.count_use(damaged=1)
+        if not self.store.read_only:
+            try:
+                self.store.delete(error.key, unless_changed=used)
+            except StoreError as failure:
+                logger.warning("it could not be dropped: %s", failure)
 
     def _warn_if_foreign(self) -> None:
         num_foreign = self._catalogue.num_foreign()

@@ -12,12 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from hcache_rag.state import TokenIds, token_array
+from hcache_rag.state import TokenIds, common_prefix, token_array
 from hcache_rag.texts import Match
 
 Tokenization = Literal["segmented", "strict"]
+
+_PARTIAL = "\ufffd"
+"""What the bytes of a character that is not whole are decoded as."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +31,12 @@ class Piece:
     Args:
         token_ids: shape (T,).
         document: the known text whose first T tokens these are; None for a gap.
+        is_known: they are the beginning of the token ids that were known.
     """
 
     token_ids: TokenIds
     document: str | None
+    is_known: bool = False
 
 
 class Tokenizer:
@@ -67,6 +73,32 @@ class Tokenizer:
         """The token ids of what stands between two documents, shape (T,)."""
         return token_array(self._inner(text, split_special=False)[0])
 
+    def first(self, prompt: str, *, add_bos: bool) -> str:
+        """The text of the tokens that `add_bos` puts in front of a prompt."""
+        return self.text(self._start(prompt, add_bos))
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, control tokens included."""
+        with self._lock:
+            return str(
+                self._tokenizer.decode(
+                    list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+                )
+            )
+
+    def tokens_within(self, token_ids: TokenIds, text: str) -> int:
+        """How many of some token ids are tokens of a text's beginning, as it is written."""
+        low, high = 0, len(token_ids)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if text.startswith(self.text(token_ids[:middle].tolist()).rstrip(_PARTIAL)):
+                low = middle
+            else:
+                high = middle - 1
+        while low and not text.startswith(self.text(token_ids[:low].tolist())):
+            low -= 1
+        return low
+
     def preamble(self, text: str, *, add_bos: bool) -> TokenIds:
         """The token ids of a prompt's head, shape (T,)."""
         ids = self._encode(text)[0] if text else []
@@ -79,19 +111,26 @@ class Tokenizer:
         *,
         add_bos: bool,
         stored: Callable[[str], TokenIds | None] = lambda _text: None,
+        known: tuple[TokenIds, int] | None = None,
     ) -> list[Piece]:
         """Cut a prompt at `matches` and tokenise it.
 
         Args:
             add_bos: put the tokenizer's own first token in front, unless it stands there already.
             stored: the token ids of a document where they are known, to save tokenising it.
+            known: token ids, those that `add_bos` puts in front included, of so many first
+                characters, which are in no match: they become a piece of their own; none that
+                transformers would not tokenise so are taken if tokenisation is strict.
         """
         literal = not matches or matches[0].start > 0
         start = self._start(prompt if literal else "", add_bos)
         if self.tokenization == "strict":
-            return self._strict(prompt, matches, start, stored)
+            pieces = self._strict(prompt, matches, start, stored)
+            return pieces if known is None else _split(pieces, known[0])
         pieces = [Piece(token_array(start), None)] if start else []
         at = 0
+        if known is not None:
+            pieces, at = [Piece(known[0], None, is_known=True)], known[1]
         for match in matches:
             ids, end = self._cut(match, stored)
             if at < match.start:
@@ -180,3 +219,21 @@ class Tokenizer:
                 verbose=False,
             )
         return list(encoded["input_ids"]), list(encoded["offset_mapping"])
+
+
+def _split(pieces: Sequence[Piece], known: TokenIds) -> list[Piece]:
+    """Pieces whose first tokens, as far as they are the known ones and in no match, are one."""
+    left, found, number = known, list[TokenIds](), 0
+    while number < len(pieces) and pieces[number].document is None and len(left):
+        ids = pieces[number].token_ids
+        common = common_prefix(ids, left)
+        found.append(ids[:common])
+        if common < len(ids):
+            rest = [Piece(ids[common:], None), *pieces[number + 1 :]]
+            break
+        left = left[common:]
+        number += 1
+    else:
+        rest = list(pieces[number:])
+    joined = np.concatenate(found) if found else token_array([])
+    return [Piece(joined, None, is_known=True), *rest] if len(joined) else list(pieces)

@@ -44,6 +44,13 @@ def child_key(parent: StateKey, token_ids: TokenIds) -> StateKey:
     return digest.digest()
 
 
+def common_prefix(a: TokenIds, b: TokenIds) -> int:
+    """With how many tokens both begin."""
+    length = min(len(a), len(b))
+    differing = np.flatnonzero(a[:length] != b[:length])
+    return int(differing[0]) if len(differing) else length
+
+
 def read_json(data: bytes) -> Any:
     """What some JSON says.
 
@@ -73,6 +80,7 @@ class StateRecord:
         layout: what each layer keeps.
         created_s: seconds since the epoch.
         is_preamble: the text is a prompt's head and is never searched for.
+        is_approximate: something in front of it, or of it, was restored with a loss.
     """
 
     key: StateKey
@@ -83,6 +91,7 @@ class StateRecord:
     layout: StateLayout
     created_s: float
     is_preamble: bool = False
+    is_approximate: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -99,6 +108,7 @@ class StateRecord:
             "layout": self.layout.to_json(),
             "created_s": self.created_s,
             "is_preamble": self.is_preamble,
+            **({"is_approximate": True} if self.is_approximate else {}),
         }
         data = json.dumps(head).encode() + b"\n" + self.token_ids.astype("<u4").tobytes()
         return data + _record_checksum(self.key, data)
@@ -127,6 +137,7 @@ class StateRecord:
                 layout=StateLayout.from_json(head["layout"]),
                 created_s=float(head["created_s"]),
                 is_preamble=bool(head["is_preamble"]),
+                is_approximate=bool(head.get("is_approximate")),
             )
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"a record lacks or mistypes a field: {error!r}") from error

@@ -225,7 +225,7 @@ def _anchored(prompt: str, views: Sequence[TextView]) -> list[Match]:
         found = [
             match
             for view, places in zip(views, candidates, strict=True)
-            if places[at] and (match := _longest(view, prompt, at)) is not None
+            if places[at] and (match := longest_match(view, prompt, at)) is not None
         ]
         if found:
             matches.append(max(found, key=lambda match: match.end))
@@ -233,7 +233,8 @@ def _anchored(prompt: str, views: Sequence[TextView]) -> list[Match]:
     return matches
 
 
-def _longest(view: TextView, prompt: str, at: int) -> Match | None:
+def longest_match(view: TextView, prompt: str, at: int) -> Match | None:
+    """The longest match that begins at one place."""
     tail = prompt[at:]
     best: Match | None = None
     below, above = view.around(tail)

@@ -235,7 +235,7 @@ def block_prefill_by_mask(
 
 def restore(engine: HCacheEngine, prompt: str) -> tuple[Composition, Reading]:
     """Our path: what the library's cache holds after the first forward pass over a prompt."""
-    composition = engine._compose(engine._resolve(prompt, None))
+    composition = engine._compose(engine._resolve(prompt, None).pieces)
     ids = torch.tensor([composition.token_ids.tolist()])
     model: Any = engine.adapter.model
     with (

@@ -40,7 +40,7 @@ def run_over(
     one: HCacheEngine, prompt: str, share: float
 ) -> tuple[torch.Tensor, int, RestoringCache]:
     """The last position's logits over a cache repaired by `share`."""
-    pieces = one._resolve(prompt, None)
+    pieces = one._resolve(prompt, None).pieces
     composition = one._compose(pieces)
     ids = torch.tensor([composition.token_ids.tolist()])
     with (
@@ -54,7 +54,7 @@ def run_over(
 
 
 def full_prefill(model: Any, one: HCacheEngine, prompt: str) -> torch.Tensor:
-    ids = torch.tensor([one._compose(one._resolve(prompt, None)).token_ids.tolist()])
+    ids = torch.tensor([one._compose(one._resolve(prompt, None).pieces).token_ids.tolist()])
     with torch.no_grad():
         logits: torch.Tensor = model(input_ids=ids).logits[0, -1]
     return logits
@@ -92,7 +92,7 @@ def test_scores_are_the_last_row_of_attention(
     """Reference path: eager attention's own weights over the same cache. Our path: Q times K."""
     model = tiny_model(shape, attention="eager")
     with engine(model, tokenizer, tmp_path) as one:
-        composition = one._compose(one._resolve(PROMPT, None))
+        composition = one._compose(one._resolve(PROMPT, None).pieces)
         with one._buffers.borrow(len(composition.token_ids) + 1) as buffers:
             with (
                 torch.no_grad(),

@@ -1526,7 +1526,7 @@ def test_a_request_may_end_while_another_begins(talker: HCacheEngine) -> None:
     """
     model: Any = talker.adapter.model
     _, alone = restore(talker, PROMPT)
-    composition = talker._compose(talker._resolve(PROMPT, None))
+    composition = talker._compose(talker._resolve(PROMPT, None).pieces)
     ids = torch.tensor([composition.token_ids.tolist()])
     other = ExitStack()
 
@@ -1596,7 +1596,7 @@ def test_scores_for_repair_are_not_disturbed_by_another_threads_forward_pass(
     model = tiny_model(FAR)
     engine = engine_of(model, store)
     engine.precompute([A, B, C])
-    composition = engine._compose(engine._resolve(joined(SEVERAL), None))
+    composition = engine._compose(engine._resolve(joined(SEVERAL), None).pieces)
 
     def scores() -> list[float]:
         with (

@@ -16,11 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from hcache_rag import __version__
-from hcache_rag.cli import keeping, planning
+from hcache_rag.cli import chatting, keeping, planning
 from hcache_rag.cli.console import (
     DEFAULT_STORE,
     JsonOption,
     StoreOption,
+    dial_position,
     err,
     one_of,
     out,
@@ -167,7 +168,7 @@ def ask(
     as_json: JsonOption = False,
 ) -> None:
     """Answer QUESTION from an index."""
-    dial = _position(fidelity)
+    dial = dial_position(fidelity)
     from hcache_rag.llama_index.vectors import read_manifest
 
     persist_dir = store.expanduser()
@@ -204,6 +205,8 @@ def ask(
     for warning in tokens["warnings"]:
         say(err, "warning:", "yellow", f" {warning}")
 
+
+app.command()(chatting.chat)
 
 for _keeping in (keeping.stats, keeping.verify, keeping.gc):
     app.command()(_keeping)
@@ -265,19 +268,3 @@ def _reading_bar(show: bool) -> Iterator[Callable[[int, int], None]]:
             progress.update(task, description="reading documents", completed=done, total=total)
 
         yield advance
-
-
-def _position(fidelity: str) -> str | float:
-    """A position of the dial, by name or as a share.
-
-    Raises:
-        typer.BadParameter: neither.
-    """
-    try:
-        share = float(fidelity)
-    except ValueError:
-        one_of("--fidelity", fidelity, ("exact", "high", "balanced", "fast", "none"))
-        return fidelity
-    if not 0 <= share <= 1:
-        raise typer.BadParameter(f"{fidelity} is not a share from 0 to 1", param_hint="--fidelity")
-    return share

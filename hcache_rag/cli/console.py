@@ -60,6 +60,22 @@ def one_of(option: str, value: str, known: tuple[str, ...]) -> None:
         raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}", param_hint=option)
 
 
+def dial_position(fidelity: str) -> str | float:
+    """A position of the dial, by name or as a share.
+
+    Raises:
+        typer.BadParameter: neither.
+    """
+    try:
+        share = float(fidelity)
+    except ValueError:
+        one_of("--fidelity", fidelity, ("exact", "high", "balanced", "fast", "none"))
+        return fidelity
+    if not 0 <= share <= 1:
+        raise typer.BadParameter(f"{fidelity} is not a share from 0 to 1", param_hint="--fidelity")
+    return share
+
+
 @contextmanager
 def status(text: str, show: bool) -> Iterator[Callable[[str], None]]:
     """A line that says what is being done; call what is given to change it."""

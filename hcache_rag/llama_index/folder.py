@@ -91,6 +91,11 @@ class ModelChoice:
             raise SourceError(f"{persist_dir / _MODEL} cannot be read: {error}") from error
 
 
+def has_index(persist_dir: Path) -> bool:
+    """Whether a folder holds an index that was finished."""
+    return (persist_dir / _MODEL).is_file()
+
+
 def documents_of(contents: FolderContents) -> list[Document]:
     """One LlamaIndex document per file. Its path is metadata that no model reads."""
     return [
@@ -153,7 +158,7 @@ def measure_machine(
     Returns:
         The profile, and its path beside the states.
     """
-    is_index = model is None and (persist_dir / _MODEL).is_file()
+    is_index = model is None and has_index(persist_dir)
     choice = ModelChoice.of(persist_dir) if is_index else ModelChoice(model, dtype)
     llm = choice.load(None)
     states = persist_dir / STATES

@@ -75,6 +75,9 @@ class HCacheLLM(CustomLLM):
             with the query engine's; a prompt with another head still restores its documents.
         generate_kwargs: more arguments for transformers' `generate`.
         max_concurrency: calls that may compute at once; others wait.
+        chat_memory: which conversations are kept, so that their next turn restores them exactly:
+            "auto", those that hold an answer already; "always", from the first turn on; "never".
+        keep_recurring: keep rows of documents that recur as exact paths, see `HCacheEngine`.
 
     `complete`, `chat` and the streaming and asynchronous forms take `max_new_tokens`,
     `temperature`, `top_p`, `top_k`, `stop` and `seed` per call. Responses carry token counts and
@@ -102,6 +105,10 @@ class HCacheLLM(CustomLLM):
         default_factory=dict, description="More arguments for transformers' generate."
     )
     max_concurrency: int = Field(default=1, description="Calls that compute at once.", gt=0)
+    chat_memory: Literal["auto", "always", "never"] = Field(
+        default="auto", description="Which conversations are kept."
+    )
+    keep_recurring: bool = Field(default=False, description="Rows of documents become exact.")
 
     _model: PreTrainedModel = PrivateAttr()
     _adapter: ModelAdapter = PrivateAttr()
@@ -137,6 +144,8 @@ class HCacheLLM(CustomLLM):
         text_qa_template: BasePromptTemplate | None = None,
         generate_kwargs: dict[str, Any] | None = None,
         max_concurrency: int = 1,
+        chat_memory: Literal["auto", "always", "never"] = "auto",
+        keep_recurring: bool = False,
         reference_mode: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -167,6 +176,8 @@ class HCacheLLM(CustomLLM):
             tokenization=tokenization,
             generate_kwargs=generate_kwargs or {},
             max_concurrency=max_concurrency,
+            chat_memory=chat_memory,
+            keep_recurring=keep_recurring,
             **kwargs,
         )
         self._model, self._tokenizer = model, tokenizer
@@ -242,12 +253,16 @@ class HCacheLLM(CustomLLM):
 
     def close(self) -> None:
         """Close the store, unless the caller brought it open; the LLM cannot be used any more."""
+        if self._engine is not None:
+            self._engine.close()
         if self._store is not None and self._owns_store:
             self._store.close()
         self._close_temporary()
 
     def _close_temporary(self) -> None:
         if self._temporary is not None:
+            if self._engine is not None:
+                self._engine.close()
             if self._store is not None:
                 self._store.close()
             self._temporary.cleanup()
@@ -289,12 +304,14 @@ class HCacheLLM(CustomLLM):
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation."""
-        return self._chat(self._generate(self._prompt_of(messages), False, kwargs))
+        remember = self._remembers(messages)
+        return self._chat(self._generate(self._prompt_of(messages), False, kwargs, remember))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """Answer a conversation piece by piece; closing the generator stops the computation."""
-        stream = self._stream(self._prompt_of(messages), False, kwargs)
+        remember = self._remembers(messages)
+        stream = self._stream(self._prompt_of(messages), False, kwargs, remember)
 
         def responses() -> ChatResponseGen:
             with stream:
@@ -337,14 +354,17 @@ class HCacheLLM(CustomLLM):
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """`chat` on another thread; the event loop goes on, cancelling stops it."""
-        return self._chat(await _read(self._stream(self._prompt_of(messages), False, kwargs)))
+        remember = self._remembers(messages)
+        stream = self._stream(self._prompt_of(messages), False, kwargs, remember)
+        return self._chat(await _read(stream))
 
     @llm_chat_callback()
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **kwargs: Any
     ) -> ChatResponseAsyncGen:
         """`stream_chat` on another thread; the event loop goes on."""
-        stream = self._stream(self._prompt_of(messages), False, kwargs)
+        remember = self._remembers(messages)
+        stream = self._stream(self._prompt_of(messages), False, kwargs, remember)
 
         async def responses() -> ChatResponseAsyncGen:
             text = ""
@@ -369,19 +389,29 @@ class HCacheLLM(CustomLLM):
             storage_dtype=self._storage_dtype,
             profile=self._profile,
             fidelity=self.fidelity,  # type: ignore[arg-type]
+            keep_recurring=self.keep_recurring,
             tokenization=self.tokenization,  # type: ignore[arg-type]
             reference_mode=self._reference_mode,
             name=self.model_name,
         )
 
-    def _generate(self, prompt: str, add_bos: bool, kwargs: dict[str, Any]) -> Generation:
+    def _remembers(self, messages: Sequence[ChatMessage]) -> bool:
+        """Whether a conversation is kept."""
+        has_answer = any(message.role == MessageRole.ASSISTANT for message in messages)
+        return self.chat_memory == "always" or (self.chat_memory == "auto" and has_answer)
+
+    def _generate(
+        self, prompt: str, add_bos: bool, kwargs: dict[str, Any], remember: bool = False
+    ) -> Generation:
         options, engine = self._options(kwargs), self.engine
         with self._slots:
-            answer = engine.generate(prompt, options=options, add_bos=add_bos)
+            answer = engine.generate(prompt, options=options, add_bos=add_bos, remember=remember)
         report_restore(answer)
         return answer
 
-    def _stream(self, prompt: str, add_bos: bool, kwargs: dict[str, Any]) -> GenerationStream:
+    def _stream(
+        self, prompt: str, add_bos: bool, kwargs: dict[str, Any], remember: bool = False
+    ) -> GenerationStream:
         options, engine, slots = self._options(kwargs), self.engine, self._slots
 
         def run(on_text: Callable[[str], None], cancelled: threading.Event) -> Generation:
@@ -390,7 +420,12 @@ class HCacheLLM(CustomLLM):
                     return Generation("", (), "cancelled", Provenance(0, 0, 0, 0))
             try:
                 answer = engine.generate(
-                    prompt, options=options, add_bos=add_bos, on_text=on_text, cancelled=cancelled
+                    prompt,
+                    options=options,
+                    add_bos=add_bos,
+                    remember=remember,
+                    on_text=on_text,
+                    cancelled=cancelled,
                 )
             finally:
                 slots.release()

@@ -25,7 +25,7 @@ from hcache_rag.errors import (
 from hcache_rag.state import StateKey, StateRecord, read_json
 from hcache_rag.store.backend import Backend, Durability, Transaction
 from hcache_rag.store.cipher import Cipher, KeySource
-from hcache_rag.store.description import drop_namespace, namespaces_in
+from hcache_rag.store.description import drop_namespace, namespace_in, namespaces_in
 from hcache_rag.store.lmdb_backend import LmdbBackend
 from hcache_rag.store.memory import MemoryBackend
 from hcache_rag.store.room import check_limits, make_room, require_fits, set_limits
@@ -172,6 +172,33 @@ class StateStore:
         )
         set_limits(session, max_bytes, namespace_max_bytes)
         return cls(session)
+
+    def beside(self, purpose: str, *, namespace_max_bytes: int | None = None) -> StateStore:
+        """A namespace that belongs to this one, opened with the same key and rules.
+
+        `delete_namespace` deletes it together with this one.
+        """
+        session = self._session
+        backend = self._live if session.reopen is None else session.reopen()
+        try:
+            its = Session(
+                backend,
+                _belonging(self.namespace, purpose),
+                cipher=session.cipher,
+                read_only=self.read_only,
+                wait_s=session.wait_s,
+                reopen=session.reopen,
+            )
+            set_limits(its, None, namespace_max_bytes)
+        except BaseException:
+            backend.close()
+            raise
+        return StateStore(its)
+
+    def has_beside(self, purpose: str) -> bool:
+        """Whether a namespace for a purpose belongs to this one."""
+        with self._session.reading() as txn:
+            return namespace_in(txn, _belonging(self.namespace, purpose)).number > 0
 
     @property
     def store_id(self) -> str:
@@ -522,14 +549,20 @@ class StateStore:
             return sorted(namespaces_in(txn))
 
     def delete_namespace(self, name: str) -> bool:
-        """Delete a namespace with everything in it; False where there was none."""
+        """Delete a namespace with everything in it, and with those that belong to it.
+
+        Returns:
+            False where there was none.
+        """
         with self._writing() as txn:
-            prefix = namespaces_in(txn).get(name)
-            if prefix is None:
+            prefixes = namespaces_in(txn)
+            if name not in prefixes:
                 return False
-            NamespaceRows(prefix).clear(txn)
-            if name != self.namespace:
-                drop_namespace(txn, name)
+            for each, prefix in prefixes.items():
+                if each == name or each.startswith(_belonging(name, "")[:-1]):
+                    NamespaceRows(prefix).clear(txn)
+                    if each != self.namespace:
+                        drop_namespace(txn, each)
             return True
 
     # The end.
@@ -581,6 +614,11 @@ class StoreReader:
 def _check_namespace(name: str) -> None:
     if not 0 < len(name.encode()) <= 256:
         raise ValueError(f"a namespace has 1 to 256 bytes, not {len(name.encode())}")
+
+
+def _belonging(namespace: str, purpose: str) -> str:
+    """The name of a namespace that belongs to another one."""
+    return f"{namespace} ({purpose})"
 
 
 def _open_again(
