@@ -126,12 +126,11 @@ class RestoringCache(Cache):
 
         Those that were decoded stand behind the prompt's. The tensors have memory of their own.
         """
-        filled = self.restoring_layers[-1].get_seq_length()
-        decoded = torch.arange(len(self.position_of_slot), filled)
-        slots = torch.cat((self._slot_of_position, decoded))[first : first + tokens]
-        if len(slots) < tokens:
-            raise ValueError(f"{first + tokens} tokens are not in a cache of {filled}")
-        index = slots.to(self.adapter.device)
+        if first + tokens > self.num_filled:
+            raise ValueError(f"{first + tokens} tokens are not in a cache of {self.num_filled}")
+        decoded = torch.arange(len(self.position_of_slot), self.num_filled)
+        slots = torch.cat((self._slot_of_position, decoded))
+        index = slots[first : first + tokens].to(self.adapter.device)
         return (
             self.buffers.keys[:, 0].index_select(2, index),
             self.buffers.values[:, 0].index_select(2, index),

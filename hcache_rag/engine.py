@@ -517,7 +517,7 @@ class HCacheEngine:
                     emit,
                     cancelled,
                 )
-                if request.remember and reason != "cancelled":
+                if request.remember and self.paths.is_on and reason != "cancelled":
                     self._remember(request.resolved, cache, text, token_ids)
             except Cancelled:
                 text, token_ids, reason = "", (), "cancelled"
@@ -528,7 +528,7 @@ class HCacheEngine:
             composition, pieces, seconds, timeline, request.warnings, repaired=repaired, plan=plan
         )
         self._count_use(pieces)
-        if composition.num_restored > composition.num_exact:
+        if self.paths.is_on and composition.num_restored > composition.num_exact:
             self._count_opening(request.resolved)
         self._warn_of(pieces)
         return Generation(text, token_ids, reason, provenance, timeline)

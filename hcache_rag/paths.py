@@ -110,6 +110,11 @@ class Paths:
         self._lock = threading.Lock()
 
     @property
+    def is_on(self) -> bool:
+        """Whether there may be any."""
+        return self._max_bytes > 0
+
+    @property
     def store(self) -> StateStore | None:
         """Where paths are kept; None where none was kept yet."""
         with self._lock:
@@ -165,8 +170,13 @@ class Paths:
 
     def keep(self, snapshot: Snapshot) -> StateRecord | None:
         """Store what was read; None, and a line in the log, where that does not go."""
+        key = child_key(snapshot.parent, snapshot.token_ids)
+        its = self.store
+        there = its.record(key) if its is not None else None
+        if there is not None and (snapshot.is_approximate or not there.is_approximate):
+            return there
         record = StateRecord(
-            child_key(snapshot.parent, snapshot.token_ids),
+            key,
             snapshot.parent,
             self._root,
             snapshot.token_ids,

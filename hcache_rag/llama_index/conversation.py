@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,8 @@ class Conversation:
 def _read(path: Path) -> list[ChatMessage]:
     try:
         rows = json.loads(path.read_text())
+        if not isinstance(rows, list):
+            raise ValueError("not a list of messages")
         return [ChatMessage(role=MessageRole(r["role"]), content=str(r["content"])) for r in rows]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise SourceError(f"{path} holds no conversation: {error}") from error
@@ -140,5 +143,6 @@ def _write(path: Path, messages: Sequence[ChatMessage]) -> None:
             os.fsync(descriptor)
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
         raise SourceError(f"{path} cannot be written: {error.strerror}") from error
