@@ -26,6 +26,7 @@ from hcache_rag.state import StateKey, StateRecord, read_json
 from hcache_rag.store.backend import Backend, Durability, Transaction
 from hcache_rag.store.cipher import Cipher, KeySource
 from hcache_rag.store.description import drop_namespace, namespace_in, namespaces_in
+from hcache_rag.store.files import folder_at
 from hcache_rag.store.lmdb_backend import LmdbBackend
 from hcache_rag.store.memory import MemoryBackend
 from hcache_rag.store.room import check_limits, make_room, require_fits, set_limits
@@ -119,10 +120,12 @@ class StateStore:
         if durability not in ("fsync", "fast"):
             raise ValueError(f"durability is 'fsync' or 'fast', not {durability!r}")
         cipher = Cipher(key) if key is not None else None
-        folder = LmdbBackend.folder(path, read_only=read_only)
+        folder = folder_at(path, read_only=read_only)
 
         def reopen() -> Backend:
-            return LmdbBackend.acquire(folder, read_only=read_only, durability=durability)
+            return LmdbBackend.acquire(
+                folder, read_only=read_only, durability=durability, wait_s=write_wait_s
+            )
 
         backend = reopen()
         try:
@@ -457,7 +460,7 @@ class StateStore:
         Raises:
             StoreOpenError: nothing can be found in the file.
         """
-        return salvage(LmdbBackend.folder(path, read_only=True))
+        return salvage(folder_at(path, read_only=True))
 
     def repair(self, report: VerifyReport) -> None:
         """Drop the states that a report found damaged, and what belongs to none."""
