@@ -12,7 +12,7 @@ from weakref import WeakSet
 from hcache_rag.errors import StoreError, StoreMovedError
 from hcache_rag.store.backend import Backend, Transaction
 from hcache_rag.store.cipher import Cipher
-from hcache_rag.store.description import describe, ensure_namespace, put_namespace
+from hcache_rag.store.description import describe, ensure_namespace, legible, put_namespace
 from hcache_rag.store.process import LOCK
 from hcache_rag.store.rows import NamespaceRows
 from hcache_rag.store.tables import Namespace, namespace_prefix, small_from_bytes
@@ -209,7 +209,7 @@ class Session:
             raise StoreError(self._locked())
 
     def _locked(self) -> str:
-        name = f"namespace {self.namespace!r} of {self.path}"
+        name = f"namespace {legible(self.namespace)!r} of {self.path}"
         return f"{name} was made with another key, or with none"
 
     def renew_locks(self) -> None:

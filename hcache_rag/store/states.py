@@ -25,7 +25,14 @@ from hcache_rag.errors import (
 from hcache_rag.state import StateKey, StateRecord, read_json
 from hcache_rag.store.backend import Backend, Durability, Transaction
 from hcache_rag.store.cipher import Cipher, KeySource
-from hcache_rag.store.description import drop_namespace, namespace_in, namespaces_in
+from hcache_rag.store.description import (
+    BELONGS,
+    belonging,
+    belongs,
+    drop_namespace,
+    namespace_in,
+    namespaces_in,
+)
 from hcache_rag.store.files import folder_at
 from hcache_rag.store.lmdb_backend import LmdbBackend
 from hcache_rag.store.memory import MemoryBackend
@@ -186,7 +193,7 @@ class StateStore:
         try:
             its = Session(
                 backend,
-                _belonging(self.namespace, purpose),
+                belonging(self.namespace, purpose),
                 cipher=session.cipher,
                 read_only=self.read_only,
                 wait_s=session.wait_s,
@@ -201,7 +208,7 @@ class StateStore:
     def has_beside(self, purpose: str) -> bool:
         """Whether a namespace for a purpose belongs to this one."""
         with self._session.reading() as txn:
-            return namespace_in(txn, _belonging(self.namespace, purpose)).number > 0
+            return namespace_in(txn, belonging(self.namespace, purpose)).number > 0
 
     @property
     def store_id(self) -> str:
@@ -547,7 +554,11 @@ class StateStore:
         return stats_of(self)
 
     def namespaces(self) -> list[str]:
-        """The names of all namespaces."""
+        """The names of all namespaces but those that belong to another one."""
+        return [name for name in self.all_namespaces() if BELONGS not in name]
+
+    def all_namespaces(self) -> list[str]:
+        """The names of all namespaces; those that belong to another one begin with its name."""
         with self._session.reading() as txn:
             return sorted(namespaces_in(txn))
 
@@ -562,7 +573,7 @@ class StateStore:
             if name not in prefixes:
                 return False
             for each, prefix in prefixes.items():
-                if each == name or each.startswith(_belonging(name, "")[:-1]):
+                if belongs(each, name):
                     NamespaceRows(prefix).clear(txn)
                     if each != self.namespace:
                         drop_namespace(txn, each)
@@ -617,11 +628,8 @@ class StoreReader:
 def _check_namespace(name: str) -> None:
     if not 0 < len(name.encode()) <= 256:
         raise ValueError(f"a namespace has 1 to 256 bytes, not {len(name.encode())}")
-
-
-def _belonging(namespace: str, purpose: str) -> str:
-    """The name of a namespace that belongs to another one."""
-    return f"{namespace} ({purpose})"
+    if BELONGS in name:
+        raise ValueError(f"{name!r} has a character that no namespace may have: {BELONGS!r}")
 
 
 def _open_again(
@@ -631,6 +639,10 @@ def _open_again(
     write_wait_s: float | None,
     read_only: bool,
 ) -> StateStore:
+    owner, _, purpose = namespace.rpartition(BELONGS)
+    if owner:
+        with _open_again(path, owner, durability, write_wait_s, read_only) as store:
+            return store.beside(purpose)
     return StateStore.open(
         path,
         namespace=namespace,

@@ -47,9 +47,10 @@ class Turns:
         Returns:
             False where another one must be the only one, which it is in its turn.
         """
-        self.leave()
-        if self._file.join(data.st_ino):
-            self._joined = data.st_ino
+        if self._joined != data.st_ino:
+            self.leave()
+            if self._file.join(data.st_ino):
+                self._joined = data.st_ino
         return self._joined is not None
 
     def leave(self) -> None:
