@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import sys
 import threading
 import time
 from collections import Counter
@@ -23,8 +24,8 @@ except ImportError:  # pragma: no cover - Windows: LMDB's own lock is all there 
 _TURN = 0
 """The byte that is held by who writes."""
 
-_HAS_OWNED_LOCKS = hasattr(fcntl, "F_OFD_SETLK")
-"""Linux: locks of an open file. Elsewhere they are a process's, and end with any descriptor."""
+_HAS_OWNED_LOCKS = sys.platform == "linux"
+"""Locks of an open file. Elsewhere they are a process's, and end with any descriptor."""
 
 
 class LockFile:
@@ -46,6 +47,7 @@ class LockFile:
         self._holders = 1
         self._joined: Counter[int] = Counter()  # by inode
         self._alone: int | None = None
+        self._has_owned_locks = _HAS_OWNED_LOCKS
         self._thread = threading.Lock()
 
     @classmethod
@@ -195,7 +197,7 @@ class LockFile:
         if fcntl is None:
             return True
         try:
-            if _HAS_OWNED_LOCKS:
+            if self._has_owned_locks:
                 command = fcntl.F_OFD_SETLKW if waits else fcntl.F_OFD_SETLK
                 kind = fcntl.F_RDLCK if is_shared else fcntl.F_WRLCK
                 fcntl.fcntl(self.descriptor, command, lock_bytes(kind, byte))
@@ -206,13 +208,16 @@ class LockFile:
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 return False
+            if error.errno == errno.EINVAL and self._has_owned_locks:  # not every file system
+                self._has_owned_locks = False
+                return self._lock(byte, is_shared=is_shared)
             raise
         return True
 
     def _unlock(self, byte: int) -> None:
         if fcntl is None:
             return
-        if _HAS_OWNED_LOCKS:
+        if self._has_owned_locks:
             fcntl.fcntl(self.descriptor, fcntl.F_OFD_SETLK, lock_bytes(fcntl.F_UNLCK, byte))
         else:
             fcntl.lockf(self.descriptor, fcntl.LOCK_UN, 1, byte)

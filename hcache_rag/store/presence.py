@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def is_held(lock_file: Path) -> bool:
     except OSError:
         return False
     try:
-        if not hasattr(fcntl, "F_OFD_GETLK"):  # pragma: no cover - not Linux
+        if sys.platform != "linux":  # pragma: no cover
             return True
         asked = lock_bytes(fcntl.F_WRLCK, _FIRST)
         kind = struct.unpack("h", fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked)[:2])[0]
