@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import lmdb
 import pytest
-from test_store import a_record, run, stored, values
+from test_store import a_record, exchange_meta, run, stored, values
 from test_store_compact import KEPT, assert_is_whole, fill
 from test_store_sharing import another_process_writing, in_a_fork, let_go_on
 
@@ -29,6 +29,7 @@ from hcache_rag.store import (
     environment,
     locks,
     opening,
+    salvage,
     session,
     shared,
 )
@@ -795,6 +796,25 @@ def test_a_full_disk_is_told_from_a_broken_one(
             patch.setattr(os, "statvfs", lambda _: disk)
             error = env._error("writing", lmdb.Error(f"mdb_put: {os.strerror(number)}"))
         assert type(error) is kind
+
+
+def test_salvaging_without_room_leaves_nothing_behind(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The damaged file stays, and it can be tried again."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with StateStore.open(path) as store:
+        fill(store)
+    exchange_meta(path, b"nothing")
+    with monkeypatch.context() as patch:
+        patch.setattr(salvage, "_copy", fail)
+        with pytest.raises(StoreFullError, match="cannot be repaired"):
+            StateStore.salvage(path)
+    assert sorted(p.name for p in path.iterdir()) == ["data.mdb", "lock.mdb", "writer.lock"]
+    assert StateStore.salvage(path).kept is not None
 
 
 def test_a_store_that_nobody_has_finished_making_says_so(path: Path) -> None:

@@ -141,7 +141,8 @@ class Backend(Protocol):
         """Give the disk back what is free inside the file.
 
         Raises:
-            StoreBusyError: another process has it open, or this thread reads.
+            StoreBusyError: another process has it open, or this thread reads, or others do for too
+                long.
             StoreError: the disk failed, or has no room for a second file.
         """
 

@@ -105,7 +105,8 @@ class StateStore:
         Several stores may be opened on one path in one process; they share one environment.
 
         Args:
-            namespace: states that are stored in one are not found, used or counted in another.
+            namespace: states that are stored in one are not found, used or counted in another. Its
+                name has 1 to 256 bytes, and not the character U+001F.
             max_bytes: the most that the file may grow to, from now on; states that save least time
                 go when it is filled. None leaves the limit as it is; a new store has none.
             namespace_max_bytes: the same for the states of this namespace.
@@ -442,7 +443,7 @@ class StateStore:
 
         Raises:
             StoreBusyError: another process has the store open, or this thread reads from it, or
-                somebody else writes.
+                other threads do for too long, or somebody else writes.
             StoreFullError: the disk has no room for both files.
         """
         self._session.compact()
