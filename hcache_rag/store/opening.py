@@ -65,6 +65,7 @@ class OpenStore(Shared):
                 with self._turns.taken(wait_s):
                     self._open_in_turn(before)
         except BaseException:
+            self._all.discard(self)
             self._turns.close()
             raise
 
