@@ -499,6 +499,8 @@ def test_a_child_can_use_a_store_that_was_compacted_when_it_was_forked(
         if pid == 0:
             child()
         pids.append(pid)
+        os.close(out_of_child[1])  # so that a child that fails is not waited for
+        assert os.read(out_of_child[0], 1) == b"x"
 
     def child() -> None:
         status = 1
