@@ -10,6 +10,7 @@ import pytest
 from commands import Run, assert_one_error_line
 from fakes import save_tiny_model
 from test_store import a_record, values
+from test_store_compact import another_process
 
 from hcache_rag import StateStore
 
@@ -179,3 +180,14 @@ def test_gc_gives_the_disk_what_is_free(run: Run, index: Path) -> None:
         assert found["returned_bytes"] == before - store.file_bytes() > 900_000
     assert run("verify", "--store", index).code == 0
     assert "given back to the disk" in run("gc", "--store", index, "--compact").out
+
+
+def test_gc_says_what_it_deleted_where_compacting_is_refused(run: Run, index: Path) -> None:
+    """Somebody else has the store open."""
+    with open_states(index) as store:
+        store.put(a_record(1), values(1))
+    with another_process(index / "states"):
+        found = run("gc", "--store", index, "--compact")
+    assert found.code == 1
+    assert "1 state(s) deleted" in found.out
+    assert "not compacted: another process has" in found.complaints[-1]

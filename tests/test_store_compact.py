@@ -443,4 +443,4 @@ def test_a_generator_may_be_closed_by_another_thread(tmp_path: Path) -> None:
 @pytest.fixture(autouse=True)
 def _nothing_is_left_open(tmp_path: Path) -> Iterator[None]:
     yield
-    assert not [path for path in lmdb_backend.LmdbBackend._open if tmp_path in path.parents]
+    assert not [path for path in lmdb_backend.LmdbBackend.open_ones if tmp_path in path.parents]

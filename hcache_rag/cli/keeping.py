@@ -125,10 +125,13 @@ def gc(
     done = collect_garbage(store.expanduser(), compact=compact)
     if as_json:
         print_json(asdict(done))
-        return
-    out.print(f"{done.deleted} state(s) deleted, {size(done.freed_bytes)} free for others")
-    if done.returned_bytes is not None:
-        out.print(f"{size(max(0, done.returned_bytes))} given back to the disk")
+    else:
+        out.print(f"{done.deleted} state(s) deleted, {size(done.freed_bytes)} free for others")
+        if done.returned_bytes is not None:
+            out.print(f"{size(max(0, done.returned_bytes))} given back to the disk")
+    if done.refused is not None:
+        say(err, "not compacted:", "red", f" {done.refused}")
+        raise typer.Exit(1)
 
 
 def _as_json(report: VerifyReport, again: int) -> dict[str, Any]:

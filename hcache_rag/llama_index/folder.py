@@ -24,7 +24,7 @@ from llama_index_instrumentation.base import BaseEvent
 from llama_index_instrumentation.event_handlers import BaseEventHandler
 
 from hcache_rag.bundled import cache_folder
-from hcache_rag.errors import SourceError
+from hcache_rag.errors import SourceError, StoreError
 from hcache_rag.indexing import PrecomputeReport
 from hcache_rag.llama_index.events import StateRestoreEvent
 from hcache_rag.llama_index.llm import HCacheLLM
@@ -311,12 +311,14 @@ class Collected:
     Args:
         deleted: states.
         freed_bytes: that they took.
-        returned_bytes: that the disk was given back; None where that was not asked for.
+        returned_bytes: that the disk was given back; None where that was not asked for, or was
+        refused: why it was refused.
     """
 
     deleted: int
     freed_bytes: int
     returned_bytes: int | None = None
+    refused: str | None = None
 
 
 def collect_garbage(persist_dir: Path, *, compact: bool = False) -> Collected:
@@ -331,4 +333,9 @@ def collect_garbage(persist_dir: Path, *, compact: bool = False) -> Collected:
         used, on_disk = states.used_bytes(), states.file_bytes()
         deleted = states.gc(keep)
         freed = used - states.used_bytes()
-        return Collected(deleted, freed, on_disk - states.compact() if compact else None)
+        if not compact:
+            return Collected(deleted, freed)
+        try:
+            return Collected(deleted, freed, on_disk - states.compact())
+        except StoreError as error:
+            return Collected(deleted, freed, refused=str(error))

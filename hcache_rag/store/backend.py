@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
@@ -45,26 +44,24 @@ PAGE_BYTES = 4096
 
 
 class Pins:
-    """Rows that somebody reads at the moment, and that must stay. Thread-safe."""
+    """Rows that somebody reads at the moment, and that must stay. Thread-safe, without a lock.
+
+    Who reads may be ended by the garbage collector while its thread is in here.
+    """
 
     def __init__(self) -> None:
-        self._counts: Counter[bytes] = Counter()
-        self._lock = threading.Lock()
+        self._held: dict[int, list[bytes]] = {}
 
-    def add(self, rows: Iterable[bytes]) -> None:
+    def add(self, rows: list[bytes]) -> None:
         """They are read."""
-        with self._lock:
-            self._counts.update(rows)
+        self._held[id(rows)] = rows
 
-    def remove(self, rows: Iterable[bytes]) -> None:
-        """They are not any more."""
-        with self._lock:
-            self._counts.subtract(rows)
-            self._counts += Counter()
+    def remove(self, rows: list[bytes]) -> None:
+        """These, which were given to `add`, are not any more."""
+        self._held.pop(id(rows), None)
 
     def __iter__(self) -> Iterator[bytes]:
-        with self._lock:
-            return iter(list(self._counts))
+        return chain.from_iterable(list(self._held.values()))
 
 
 class Transaction(Protocol):
@@ -141,7 +138,8 @@ class Backend(Protocol):
         """Give the disk back what is free inside the file.
 
         Raises:
-            StoreBusyError: another process has it open, or this thread reads.
+            StoreBusyError: another process has it open, or this thread reads, or others do for too
+                long.
             StoreError: the disk failed, or has no room for a second file.
         """
 

@@ -29,6 +29,9 @@ _STORE, _TAKEN = b"store", b"namespaces"
 _COPY, _COPY_OF = b"store copy", b"namespace copy "
 """Rows of `meta` that hold again what nothing could be found without."""
 
+BELONGS = "\x1f"
+"""Between a namespace's name and what another one is for that belongs to it; in no other name."""
+
 
 @dataclass(frozen=True, slots=True)
 class Description:
@@ -107,8 +110,10 @@ def _to_bytes(description: Description) -> bytes:
 
 
 def _from_bytes(path: Path, data: bytes | None) -> Description:
+    if data is None:
+        raise StoreOpenError(f"{path} holds no state store yet: nobody has finished making it")
     try:
-        head = read_json(data or b"{}")
+        head = read_json(data)
         if not isinstance(head, dict):
             raise ValueError("its description is not one")
     except ValueError as error:
@@ -191,3 +196,19 @@ def namespaces_in(txn: Transaction) -> dict[str, bytes]:
             if number and number not in found.values():  # a damaged name is nobody's
                 found[key.decode()] = number
     return {name: namespace_prefix(number) for name, number in found.items()}
+
+
+def belonging(name: str, purpose: str) -> str:
+    """The name of a namespace that belongs to another one."""
+    return f"{name}{BELONGS}{purpose}"
+
+
+def belongs(name: str, to: str) -> bool:
+    """Whether a namespace is another one, or belongs to it."""
+    return name == to or name.startswith(to + BELONGS)
+
+
+def legible(name: str) -> str:
+    """A namespace's name for people."""
+    owner, *purposes = name.split(BELONGS)
+    return owner + "".join(f" ({purpose})" for purpose in purposes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,14 +13,17 @@ import lmdb
 
 from hcache_rag.errors import StoreError, StoreFullError, StoreOpenError
 from hcache_rag.store.backend import TABLES, Durability, Table
-
-DATA_FILE, LOCK_FILE = "data.mdb", "lock.mdb"
+from hcache_rag.store.files import DATA_FILE, LOCK_FILE
+from hcache_rag.store.presence import Presence
 
 MAP_BYTES = 1 << 40
 """Address space that is asked for. The file itself grows with what is stored."""
 
 MIN_MAP_BYTES = 1 << 26
 """Where the system gives less: so much at least, and twice as much whenever it is full."""
+
+NO_ROOM_BYTES = 1 << 20
+"""A disk with less is full where a write fails: LMDB says only that less was written than asked."""
 
 
 class LmdbTransaction:
@@ -146,6 +150,7 @@ class Environment:
     Args:
         durability: "fsync": a commit syncs its pages, then writes where they begin; `sync` syncs
             that too.
+        has_readers_table: who reads is seen by who writes.
 
     Attributes:
         is_open: `close` was not called.
@@ -155,17 +160,21 @@ class Environment:
         StoreOpenError: it cannot be opened, or holds something else.
     """
 
-    def __init__(self, folder: Path, *, read_only: bool, durability: Durability) -> None:
+    def __init__(
+        self, folder: Path, *, read_only: bool, durability: Durability, has_readers_table: bool
+    ) -> None:
         self.path = folder
         self._is_read_only = read_only
         self.is_cramped = False
         self.is_open = True
+        self._has_readers_table = has_readers_table
         self._env = self._opened(syncs=read_only or durability == "fsync")
+        self._presence = Presence(folder / LOCK_FILE) if has_readers_table else None
         try:
             self._mend_length()
             self._databases = self._open_databases()
         except BaseException:
-            self._env.close()
+            self.close()
             raise
 
     def _opened(self, *, syncs: bool) -> Any:
@@ -182,9 +191,7 @@ class Environment:
                     sync=syncs,
                     metasync=False,  # LMDB's own way for what `sync` does takes six times as long
                     readonly=self._is_read_only,
-                    # A folder that cannot be written has no writer that readers could be in the
-                    # way of, and no room for their table.
-                    lock=not self._is_read_only or os.access(self.path, os.W_OK),
+                    lock=self._has_readers_table,
                 )
             except lmdb.MemoryError as error:
                 map_bytes //= 4
@@ -197,8 +204,11 @@ class Environment:
     def _mend_length(self) -> None:
         """Free pages may be missing at the end: using one would be a SIGBUS."""
         data = self.path / DATA_FILE
-        if not self._is_read_only and os.stat(data).st_size < self.filled_bytes:
-            os.truncate(data, self.filled_bytes)
+        try:
+            if not self._is_read_only and os.stat(data).st_size < self.filled_bytes:
+                os.truncate(data, self.filled_bytes)
+        except OSError as error:
+            raise StoreOpenError(f"{self.path} cannot be opened: {error.strerror}") from error
 
     def _open_databases(self) -> dict[Table, Any]:
         try:
@@ -216,8 +226,15 @@ class Environment:
             raise StoreOpenError(f"{self.path} is not a state store: {error}") from error
 
     def begin(self, *, write: bool) -> LmdbTransaction | None:
-        """A transaction; None where another process has let the map grow, see `follow`."""
+        """A transaction; None where another process has let the map grow, see `follow`.
+
+        Pages that a killed reader has seen can be written on from then on.
+        """
+        if self._presence is not None:
+            self._presence.renew()
         try:
+            if write:
+                self._env.reader_check()
             try:
                 txn = self._env.begin(write=write, buffers=True)
             except lmdb.ReadersFullError:
@@ -283,9 +300,20 @@ class Environment:
         """Without transactions."""
         self.is_open = False
         self._env.close()
+        if self._presence is not None:
+            self._presence.close()
 
     def _error(self, doing: str, error: lmdb.Error) -> StoreError:
         if isinstance(error, lmdb.MapFullError):
             return StoreFullError(f"{self.path} has reached its {self.map_bytes:,}-byte map")
-        kind = StoreFullError if "No space left" in str(error) else StoreError
+        kind = StoreFullError if self._is_disk_full(str(error)) else StoreError
         return kind(f"{doing} {self.path} failed: {error}")
+
+    def _is_disk_full(self, message: str) -> bool:
+        if os.strerror(errno.EIO) in message:
+            try:
+                disk = os.statvfs(self.path)
+            except OSError:
+                return False
+            return disk.f_bavail * disk.f_frsize < NO_ROOM_BYTES
+        return any(os.strerror(n) in message for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))

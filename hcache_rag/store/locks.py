@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import struct
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from hcache_rag.errors import StoreBusyError, StoreError, StoreMovedError, StoreOpenError
+from hcache_rag.store.process import LOCK
 
 try:
     import fcntl
 except ImportError:  # pragma: no cover - Windows: LMDB's own lock is all there is
     fcntl = None  # type: ignore[assignment]
 
-_TURN, _USERS = 0, 1
-"""The bytes: held by who writes, and, shared, by each process that uses the file."""
+_TURN = 0
+"""The byte that is held by who writes."""
 
-USERS_WAIT_S = 60.0
-"""How long a process waits until somebody who must be the only user has ended."""
+_HAS_OWNED_LOCKS = sys.platform == "linux"
+"""Locks of an open file. Elsewhere they are a process's, and end with any descriptor."""
 
 
 class LockFile:
     """A file whose bytes are locked: one object per file and process. Use `acquire`. Thread-safe.
-
-    Locks belong to processes, not to threads or descriptors, and end when a process closes any
-    descriptor of the file. As long as somebody uses the object, its process is one of the users.
 
     Attributes:
         descriptor: of the file; -1 where it can neither be opened nor made.
@@ -35,14 +37,17 @@ class LockFile:
     """
 
     _open: dict[tuple[int, int], LockFile] = {}  # noqa: RUF012 - the process-wide table itself
-    _lock = threading.Lock()
 
     def __init__(self, path: Path, descriptor: int, *, is_writable: bool) -> None:
         self.path = path
         self.descriptor = descriptor
         self.is_writable = is_writable
+        self._identity = _identity(os.fstat(descriptor)) if descriptor >= 0 else None
         self._pid = os.getpid()
-        self._users = 1
+        self._holders = 1
+        self._joined: Counter[int] = Counter()  # by inode
+        self._alone: int | None = None
+        self._has_owned_locks = _HAS_OWNED_LOCKS
         self._thread = threading.Lock()
 
     @classmethod
@@ -54,46 +59,73 @@ class LockFile:
 
         Raises:
             StoreOpenError: it cannot be made.
-            StoreBusyError: somebody must be alone for longer than `USERS_WAIT_S`.
         """
-        with cls._lock:
-            known = cls._open.get(_identity(path))
-            if known is not None:
-                if not (read_only or known.is_writable):
-                    raise StoreOpenError(f"{path.parent} is open in this process, read-only")
-                known._users += 1
+        with LOCK:
+            found = _found(path)
+            known = cls._open.get(found) if found is not None else None
+            if known is None:
+                descriptor, is_writable = _opened(path, read_only=read_only)
+                known = cls(path, descriptor, is_writable=is_writable)
+                if known._identity is not None:
+                    cls._open[known._identity] = known
                 return known
-            descriptor, is_writable = _opened(path, read_only=read_only)
-            made = cls(path, descriptor, is_writable=is_writable)
-            if descriptor >= 0:
-                try:
-                    made._wait(_USERS, "LOCK_SH", USERS_WAIT_S, "must be the only one to use")
-                except BaseException:
-                    os.close(descriptor)
-                    raise
-                cls._open[_identity(path)] = made
-            return made
+            if not (read_only or known.is_writable):
+                raise StoreOpenError(f"{path.parent} is open in this process, read-only")
+            known._holders += 1
+            return known
 
     def retain(self) -> None:
-        """Count one user more.
+        """Count one holder more.
 
         Raises:
             StoreMovedError: the last one has ended.
         """
-        with self._lock:
-            if not self._users:
+        with LOCK:
+            if not self._holders:
                 raise StoreMovedError(f"{self.path.parent} was closed while this thread waited")
-            self._users += 1
+            self._holders += 1
 
     def release(self) -> None:
-        """Count one user less; the last one closes."""
-        with self._lock:
-            self._users -= 1
-            if self._users or self._pid != os.getpid() or self.descriptor < 0:
+        """Count one holder less; the last one closes."""
+        with LOCK:
+            self._holders -= 1
+            if self._holders or not self._is_mine:
                 return
-            for identity in [i for i, file in self._open.items() if file is self]:
-                del self._open[identity]
+            if self._identity is not None and self._open.get(self._identity) is self:
+                del self._open[self._identity]
+            for byte in (_TURN, *map(_user, self._joined)):
+                self._unlock(byte)  # a fork that knows nothing of this may have the file open
             os.close(self.descriptor)
+
+    @property
+    def _is_mine(self) -> bool:
+        return self.descriptor >= 0 and self._pid == os.getpid()
+
+    def is_in_place(self) -> bool:
+        """Whether this is the file at its path: it may have been deleted, and made anew."""
+        return self._identity is None or _found(self.path) == self._identity
+
+    def join(self, inode: int) -> bool:
+        """Let this process be a user of some data; False where another one must be the only one.
+
+        Args:
+            inode: of the data, which others may have exchanged.
+        """
+        with LOCK:
+            if self._alone == inode:
+                return False
+            is_locked = self._joined[inode] > 0 or not self._is_mine
+            if not (is_locked or self._lock(_user(inode), is_shared=True)):
+                return False
+            self._joined[inode] += 1
+            return True
+
+    def leave(self, inode: int) -> None:
+        """Take `join` back."""
+        with LOCK:
+            self._joined[inode] -= 1
+            if not self._joined[inode] and self._is_mine:
+                self._unlock(_user(inode))
 
     @contextmanager
     def turn(self, wait_s: float | None) -> Iterator[None]:
@@ -107,67 +139,109 @@ class LockFile:
                 f"another thread still writes to {self.path.parent} after {wait_s} s"
             )
         try:
-            self._wait(
-                _TURN, "LOCK_EX" if self.is_writable else "LOCK_SH", wait_s, "still writes to"
-            )
+            self._wait_for_turn(wait_s)
             try:
                 yield
             finally:
-                self._unlock(_TURN)
+                if self._is_mine:
+                    self._unlock(_TURN)
         finally:
             self._thread.release()
 
+    def _wait_for_turn(self, wait_s: float | None) -> None:
+        deadline = None if wait_s is None else time.monotonic() + wait_s
+        pause_s = 0.001
+        while self._is_mine:
+            try:
+                if self._lock(_TURN, is_shared=not self.is_writable, waits=deadline is None):
+                    return
+            except OSError as error:
+                raise StoreError(f"{self.path.parent} cannot be locked: {error}") from error
+            if deadline is not None and time.monotonic() >= deadline:
+                raise StoreBusyError(
+                    f"another process still writes to {self.path.parent} after {wait_s} s"
+                )
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.05)
+
+    @property
+    def can_be_alone(self) -> bool:
+        """Whether it can be known here who else uses some data."""
+        return fcntl is not None and self.is_writable
+
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Be the only process that uses the file; others wait before they begin to.
+    def alone(self, inode: int) -> Iterator[None]:
+        """In one's turn: be the only process that uses some data.
 
         Raises:
             StoreBusyError: there is another one.
         """
-        if fcntl is None or not self.is_writable:
+        if not self.can_be_alone:
             raise StoreBusyError(f"others may use {self.path.parent}: that cannot be known here")
-        try:
-            fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _USERS)
-        except BlockingIOError as error:
-            raise StoreBusyError(f"another process has {self.path.parent} open") from error
+        with LOCK:
+            if not self._lock(_user(inode), is_shared=False):
+                raise StoreBusyError(f"another process has {self.path.parent} open")
+            self._alone = inode
         try:
             yield
         finally:
-            if self._pid == os.getpid():
-                fcntl.lockf(self.descriptor, fcntl.LOCK_SH, 1, _USERS)
+            with LOCK:
+                self._alone = None
+                if self._is_mine and self._joined[inode]:
+                    self._lock(_user(inode), is_shared=True)
+                elif self._is_mine:
+                    self._unlock(_user(inode))
 
-    def _wait(self, byte: int, kind: str, wait_s: float | None, doing: str) -> None:
-        if fcntl is None or self.descriptor < 0:
-            return
-        flags = getattr(fcntl, kind)
-        deadline = None if wait_s is None else time.monotonic() + wait_s
-        pause_s = 0.001
-        while True:
-            try:
-                now = flags if deadline is None else flags | fcntl.LOCK_NB
-                fcntl.lockf(self.descriptor, now, 1, byte)
-                return
-            except BlockingIOError as error:
-                if deadline is None or time.monotonic() >= deadline:
-                    raise StoreBusyError(
-                        f"another process {doing} {self.path.parent} after {wait_s} s"
-                    ) from error
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, 0.05)
-            except OSError as error:
-                raise StoreError(f"{self.path.parent} cannot be locked: {error}") from error
+    def _lock(self, byte: int, *, is_shared: bool, waits: bool = False) -> bool:
+        """False where another process has it; `waits` for that where the system can."""
+        if fcntl is None:
+            return True
+        try:
+            if self._has_owned_locks:
+                command = fcntl.F_OFD_SETLKW if waits else fcntl.F_OFD_SETLK
+                kind = fcntl.F_RDLCK if is_shared else fcntl.F_WRLCK
+                fcntl.fcntl(self.descriptor, command, lock_bytes(kind, byte))
+            else:
+                # Never waiting: with two processes and two files, the system sees a deadlock.
+                kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
+                fcntl.lockf(self.descriptor, kind | fcntl.LOCK_NB, 1, byte)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            if error.errno == errno.EINVAL and self._has_owned_locks:  # not every file system
+                self._has_owned_locks = False
+                return self._lock(byte, is_shared=is_shared)
+            raise
+        return True
 
     def _unlock(self, byte: int) -> None:
-        if fcntl is not None and self.descriptor >= 0 and self._pid == os.getpid():
+        if fcntl is None:
+            return
+        if self._has_owned_locks:
+            fcntl.fcntl(self.descriptor, fcntl.F_OFD_SETLK, lock_bytes(fcntl.F_UNLCK, byte))
+        else:
             fcntl.lockf(self.descriptor, fcntl.LOCK_UN, 1, byte)
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return (0, 0)
+def _user(inode: int) -> int:
+    """The byte that is shared by all processes that use some data."""
+    return 1 + inode % (1 << 62)
+
+
+def lock_bytes(kind: int, byte: int) -> bytes:
+    """A `struct flock` of Linux for one byte of a file."""
+    return struct.pack("hhqqi0q", kind, os.SEEK_SET, byte, 1, 0)
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
+
+
+def _found(path: Path) -> tuple[int, int] | None:
+    try:
+        return _identity(os.stat(path))
+    except OSError:
+        return None
 
 
 def _opened(path: Path, *, read_only: bool) -> tuple[int, bool]:
@@ -183,25 +257,13 @@ def _opened(path: Path, *, read_only: bool) -> tuple[int, bool]:
         return -1, False
 
 
-def _before_fork() -> None:
-    LockFile._lock.acquire()
-
-
-def _after_fork_in_parent() -> None:
-    LockFile._lock.release()
-
-
 def _after_fork_in_child() -> None:
     """The locks are the parent's, and stay with it."""
     for file in LockFile._open.values():
         os.close(file.descriptor)
         file.descriptor = -1
-    LockFile._open, LockFile._lock = {}, threading.Lock()
+    LockFile._open = {}
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork,
-        after_in_parent=_after_fork_in_parent,
-        after_in_child=_after_fork_in_child,
-    )
+    os.register_at_fork(after_in_child=_after_fork_in_child)

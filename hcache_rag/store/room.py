@@ -13,6 +13,7 @@ from hcache_rag.store import eviction
 from hcache_rag.store.backend import Transaction
 from hcache_rag.store.description import (
     MAX_LIMIT_BYTES,
+    legible,
     namespace_in,
     namespaces_in,
     put_namespace,
@@ -90,8 +91,8 @@ def require_fits(session: Session, new: Sequence[StateRows]) -> None:
         quota = namespace_in(txn, session.namespace).max_bytes
     if quota is not None and needed > quota:
         raise StoreFullError(
-            f"{needed:,} bytes are to be stored, but the namespace {session.namespace!r} may have "
-            f"{quota:,}"
+            f"{needed:,} bytes are to be stored, but the namespace "
+            f"{legible(session.namespace)!r} may have {quota:,}"
         )
 
 
@@ -113,7 +114,7 @@ def make_room(session: Session, new: Sequence[StateRows], attempt: int = 0) -> N
         _, filled = _filled(session, new)
         if filled + needed > quota:
             raise StoreFullError(
-                f"{needed:,} bytes are to be stored in namespace {session.namespace!r} of "
+                f"{needed:,} bytes are to be stored in namespace {legible(session.namespace)!r} of "
                 f"{quota:,}, where {filled:,} cannot be spared"
             )
     if session.max_bytes is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import cast
 
-from hcache_rag.errors import StoreOpenError
+from hcache_rag.errors import StoreFullError, StoreOpenError
 from hcache_rag.store.backend import TABLES, Table
 from hcache_rag.store.description import (
     describe,
@@ -19,13 +20,17 @@ from hcache_rag.store.description import (
     namespace_in,
     namespaces_in,
 )
-from hcache_rag.store.lmdb_backend import OPEN_WAIT_S, LmdbBackend
+from hcache_rag.store.files import DATA_FILE, LOCK_FILE, folder_at
+from hcache_rag.store.lmdb_backend import LmdbBackend
 from hcache_rag.store.pages import DamagedPagesError, problems, rows
 from hcache_rag.store.rows import NamespaceRows
 from hcache_rag.store.turns import Turns
 from hcache_rag.store.verify import repair, verify
 
 DAMAGED_FILE = "data.mdb.damaged"
+OPEN_WAIT_S = 60.0
+"""How long, in seconds, salvaging waits for somebody who writes."""
+
 _ROWS_AT_ONCE = 1000
 
 
@@ -50,22 +55,24 @@ def salvage(folder: Path) -> Salvaged:
     Raises:
         StoreOpenError: nothing can be found in the file, or it is open in this process.
         StoreBusyError: another process has the store open.
+        StoreFullError: the disk has no room for both files; nothing has changed.
     """
     if LmdbBackend.is_open_here(folder):
         raise StoreOpenError(f"{folder} is open in this process, and cannot be repaired then")
     turns = Turns(folder, read_only=False)
     try:
-        with turns.taken(OPEN_WAIT_S), turns.alone():
-            found = problems(folder / "data.mdb") or _unsaid(folder / "data.mdb")
-            if not found:
+        with turns.taken(OPEN_WAIT_S), turns.alone(os.stat(folder / DATA_FILE)):
+            said = problems(folder / DATA_FILE) or _unsaid(folder / DATA_FILE)
+            if not said:
                 return Salvaged(())
-            states, kept = _rebuild(folder)
-            turns.note(os.stat(folder / "data.mdb"), is_synced=False)
-            return Salvaged(tuple(found), states, kept)
+            states, kept = _rebuild(folder, turns)
+            turns.note(os.stat(folder / DATA_FILE), is_synced=False)
+            return Salvaged(tuple(said), states, kept)
     except DamagedPagesError as error:
         raise StoreOpenError(f"nothing can be saved of {folder}: {error}") from error
     except OSError as error:
-        raise StoreOpenError(f"{folder} cannot be repaired: {error.strerror}") from error
+        kind = StoreFullError if error.errno == errno.ENOSPC else StoreOpenError
+        raise kind(f"{folder} cannot be repaired: {error.strerror}") from error
     finally:
         turns.close()
 
@@ -76,26 +83,34 @@ def _unsaid(path: Path) -> list[str]:
     return ["its description cannot be read"] if is_damaged(said.get) else []
 
 
-def _rebuild(folder: Path) -> tuple[int, Path]:
+def _rebuild(folder: Path, turns: Turns) -> tuple[int, Path]:
     """How many states the new file has, and where the damaged one is."""
-    beside = LmdbBackend.folder(folder / "salvage", read_only=False)
+    beside = folder_at(folder / "salvage", read_only=False)
     shutil.rmtree(beside)
     beside.mkdir(mode=0o700)
+    try:
+        states = _rebuilt(folder / DATA_FILE, beside)
+        kept = _kept(folder)
+        turns.forget()
+        (folder / LOCK_FILE).unlink(missing_ok=True)  # it speaks of the damaged file
+        os.replace(beside / DATA_FILE, folder / DATA_FILE)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return states, kept
+
+
+def _rebuilt(damaged: Path, beside: Path) -> int:
+    """How many states were copied to a store of their own."""
     backend = LmdbBackend.acquire(beside, read_only=False, durability="fast")
     try:
-        _copy(folder / "data.mdb", backend)
+        _copy(damaged, backend)
         with backend.writing() as txn:
             if is_damaged(partial(txn.get, "meta")):
                 forget(txn)
         describe(backend, None, read_only=False)
-        states = sum(_put_right(backend, name) for name in _namespaces(backend))
+        return sum(_put_right(backend, name) for name in _namespaces(backend))
     finally:
         backend.close()
-    kept = _kept(folder)
-    (folder / "lock.mdb").unlink(missing_ok=True)  # it speaks of the damaged file
-    os.replace(beside / "data.mdb", folder / "data.mdb")
-    shutil.rmtree(beside)
-    return states, kept
 
 
 def _kept(folder: Path) -> Path:
@@ -103,9 +118,9 @@ def _kept(folder: Path) -> Path:
     names = chain([DAMAGED_FILE], (f"{DAMAGED_FILE}.{n}" for n in count(2)))
     kept = next(folder / name for name in names if not (folder / name).exists())
     try:
-        os.link(folder / "data.mdb", kept)
+        os.link(folder / DATA_FILE, kept)
     except OSError:  # not every file system knows such names
-        shutil.copy2(folder / "data.mdb", kept)
+        shutil.copy2(folder / DATA_FILE, kept)
     return kept
 
 

@@ -12,7 +12,8 @@ from weakref import WeakSet
 from hcache_rag.errors import StoreError, StoreMovedError
 from hcache_rag.store.backend import Backend, Transaction
 from hcache_rag.store.cipher import Cipher
-from hcache_rag.store.description import describe, ensure_namespace, put_namespace
+from hcache_rag.store.description import describe, ensure_namespace, legible, put_namespace
+from hcache_rag.store.process import LOCK
 from hcache_rag.store.rows import NamespaceRows
 from hcache_rag.store.tables import Namespace, namespace_prefix, small_from_bytes
 from hcache_rag.store.texts import StoredTexts
@@ -20,7 +21,6 @@ from hcache_rag.store.texts import StoredTexts
 MAX_MOVES = 100
 
 logger = logging.getLogger("hcache_rag")
-
 
 _sessions: WeakSet[Session] = WeakSet()
 
@@ -58,7 +58,6 @@ class Session:
         self._backend: Backend | None = backend
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        _sessions.add(self)
         self._name = namespace.encode()
         description = describe(backend, wait_s, read_only=read_only)
         self.store_id = description.store_id
@@ -67,6 +66,7 @@ class Session:
         check = cipher.check if cipher is not None else None
         self._seen: bytes | None = None
         self._bind(ensure_namespace(backend, namespace, check, wait_s, read_only=read_only))
+        _sessions.add(self)  # whole, or else a fork would find nothing to make anew
 
     def _bind(self, its: Namespace) -> None:
         """From now on, see a namespace; number 0, in which nothing is, where it is locked."""
@@ -86,19 +86,37 @@ class Session:
         Opened anew in a process that has inherited this session from another one, and where
         another file has taken the place of the store's.
         """
-        if self._backend is None:
-            raise StoreError(f"the store {self.path} is closed")
-        if self.reopen is not None and self._is_stale(self._backend):
+        backend = self._backend
+        if backend is None:
+            raise self._is_closed()
+        if self.reopen is not None and self._is_stale(backend):
             with self._lock:
                 before = self._backend
-                if before is not None and self._is_stale(before):
-                    is_inherited = self._pid != os.getpid()
-                    self._backend, self._pid = self.reopen(), os.getpid()
-                    self._is_limited = self._backend.limit(self.max_bytes)
-                    if not is_inherited:
-                        with suppress(StoreError):  # what it has is not the store's any more
-                            before.close()
-        return self._backend
+                if before is None:
+                    raise self._is_closed()
+                if not self._is_stale(before):
+                    return before
+                backend = self._opened_anew(before, self.reopen)
+        return backend
+
+    def _opened_anew(self, before: Backend, reopen: Callable[[], Backend]) -> Backend:
+        backend = reopen()
+        with LOCK:
+            is_closed = self._backend is not before  # by another thread, meanwhile
+            if not is_closed:
+                self._backend = backend
+                is_inherited, self._pid = self._pid != os.getpid(), os.getpid()
+        if is_closed:
+            backend.close()
+            raise self._is_closed()
+        self._is_limited = backend.limit(self.max_bytes)
+        if not is_inherited:
+            with suppress(StoreError):  # what it has is not the store's any more
+                before.close()
+        return backend
+
+    def _is_closed(self) -> StoreError:
+        return StoreError(f"the store {self.path} is closed")
 
     def _is_stale(self, backend: Backend) -> bool:
         return self._pid != os.getpid() or not backend.is_current()
@@ -191,7 +209,7 @@ class Session:
             raise StoreError(self._locked())
 
     def _locked(self) -> str:
-        name = f"namespace {self.namespace!r} of {self.path}"
+        name = f"namespace {legible(self.namespace)!r} of {self.path}"
         return f"{name} was made with another key, or with none"
 
     def renew_locks(self) -> None:
@@ -206,8 +224,9 @@ class Session:
 
     def close(self) -> None:
         """End the use of the backend. Closing twice does nothing."""
-        if self._backend is not None:
+        with LOCK:
             backend, self._backend = self._backend, None
+        if backend is not None:
             backend.close()
 
 

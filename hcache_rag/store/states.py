@@ -25,7 +25,15 @@ from hcache_rag.errors import (
 from hcache_rag.state import StateKey, StateRecord, read_json
 from hcache_rag.store.backend import Backend, Durability, Transaction
 from hcache_rag.store.cipher import Cipher, KeySource
-from hcache_rag.store.description import drop_namespace, namespace_in, namespaces_in
+from hcache_rag.store.description import (
+    BELONGS,
+    belonging,
+    belongs,
+    drop_namespace,
+    namespace_in,
+    namespaces_in,
+)
+from hcache_rag.store.files import folder_at
 from hcache_rag.store.lmdb_backend import LmdbBackend
 from hcache_rag.store.memory import MemoryBackend
 from hcache_rag.store.room import check_limits, make_room, require_fits, set_limits
@@ -97,7 +105,8 @@ class StateStore:
         Several stores may be opened on one path in one process; they share one environment.
 
         Args:
-            namespace: states that are stored in one are not found, used or counted in another.
+            namespace: states that are stored in one are not found, used or counted in another. Its
+                name has 1 to 256 bytes, and not the character U+001F.
             max_bytes: the most that the file may grow to, from now on; states that save least time
                 go when it is filled. None leaves the limit as it is; a new store has none.
             namespace_max_bytes: the same for the states of this namespace.
@@ -119,10 +128,12 @@ class StateStore:
         if durability not in ("fsync", "fast"):
             raise ValueError(f"durability is 'fsync' or 'fast', not {durability!r}")
         cipher = Cipher(key) if key is not None else None
-        folder = LmdbBackend.folder(path, read_only=read_only)
+        folder = folder_at(path, read_only=read_only)
 
         def reopen() -> Backend:
-            return LmdbBackend.acquire(folder, read_only=read_only, durability=durability)
+            return LmdbBackend.acquire(
+                folder, read_only=read_only, durability=durability, wait_s=write_wait_s
+            )
 
         backend = reopen()
         try:
@@ -183,7 +194,7 @@ class StateStore:
         try:
             its = Session(
                 backend,
-                _belonging(self.namespace, purpose),
+                belonging(self.namespace, purpose),
                 cipher=session.cipher,
                 read_only=self.read_only,
                 wait_s=session.wait_s,
@@ -198,7 +209,7 @@ class StateStore:
     def has_beside(self, purpose: str) -> bool:
         """Whether a namespace for a purpose belongs to this one."""
         with self._session.reading() as txn:
-            return namespace_in(txn, _belonging(self.namespace, purpose)).number > 0
+            return namespace_in(txn, belonging(self.namespace, purpose)).number > 0
 
     @property
     def store_id(self) -> str:
@@ -432,7 +443,7 @@ class StateStore:
 
         Raises:
             StoreBusyError: another process has the store open, or this thread reads from it, or
-                somebody else writes.
+                other threads do for too long, or somebody else writes.
             StoreFullError: the disk has no room for both files.
         """
         self._session.compact()
@@ -457,7 +468,7 @@ class StateStore:
         Raises:
             StoreOpenError: nothing can be found in the file.
         """
-        return salvage(LmdbBackend.folder(path, read_only=True))
+        return salvage(folder_at(path, read_only=True))
 
     def repair(self, report: VerifyReport) -> None:
         """Drop the states that a report found damaged, and what belongs to none."""
@@ -544,7 +555,11 @@ class StateStore:
         return stats_of(self)
 
     def namespaces(self) -> list[str]:
-        """The names of all namespaces."""
+        """The names of all namespaces but those that belong to another one."""
+        return [name for name in self.all_namespaces() if BELONGS not in name]
+
+    def all_namespaces(self) -> list[str]:
+        """The names of all namespaces; those that belong to another one begin with its name."""
         with self._session.reading() as txn:
             return sorted(namespaces_in(txn))
 
@@ -559,7 +574,7 @@ class StateStore:
             if name not in prefixes:
                 return False
             for each, prefix in prefixes.items():
-                if each == name or each.startswith(_belonging(name, "")[:-1]):
+                if belongs(each, name):
                     NamespaceRows(prefix).clear(txn)
                     if each != self.namespace:
                         drop_namespace(txn, each)
@@ -614,11 +629,8 @@ class StoreReader:
 def _check_namespace(name: str) -> None:
     if not 0 < len(name.encode()) <= 256:
         raise ValueError(f"a namespace has 1 to 256 bytes, not {len(name.encode())}")
-
-
-def _belonging(namespace: str, purpose: str) -> str:
-    """The name of a namespace that belongs to another one."""
-    return f"{namespace} ({purpose})"
+    if BELONGS in name:
+        raise ValueError(f"{name!r} has a character that no namespace may have: {BELONGS!r}")
 
 
 def _open_again(
@@ -628,6 +640,10 @@ def _open_again(
     write_wait_s: float | None,
     read_only: bool,
 ) -> StateStore:
+    owner, _, purpose = namespace.rpartition(BELONGS)
+    if owner:
+        with _open_again(path, owner, durability, write_wait_s, read_only) as store:
+            return store.beside(purpose)
     return StateStore.open(
         path,
         namespace=namespace,

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from hcache_rag.store.description import legible
+
 if TYPE_CHECKING:
     from hcache_rag.store.states import StateStore
 
@@ -89,5 +91,5 @@ def stats_of(store: StateStore) -> StoreStats:
         damaged=counters.damaged,
         oldest_s=now - created,
         idle_s=now - used if used else None,
-        namespaces=store.namespaces(),
+        namespaces=[legible(name) for name in store.all_namespaces()],
     )

@@ -32,7 +32,6 @@ class Turns:
 
     Raises:
         StoreOpenError: the file cannot be made.
-        StoreBusyError: somebody must be the only one to use the folder for too long.
     """
 
     def __init__(self, folder: Path, *, read_only: bool) -> None:
@@ -40,6 +39,34 @@ class Turns:
         self._data = folder / "data.mdb"
         self._file = LockFile.acquire(folder / FILE_NAME, read_only=read_only)
         self._is_closed = False
+        self._joined: int | None = None
+
+    def join(self, data: os.stat_result) -> bool:
+        """Let others know that this process uses these data, and no others, until `close`.
+
+        Returns:
+            False where another one must be the only one, which it is in its turn.
+        """
+        if self._joined != data.st_ino:
+            self.leave()
+            if self._file.join(data.st_ino):
+                self._joined = data.st_ino
+        return self._joined is not None
+
+    def leave(self) -> None:
+        """Take `join` back."""
+        if self._joined is not None:
+            self._file.leave(self._joined)
+            self._joined = None
+
+    @property
+    def can_be_alone(self) -> bool:
+        """Whether it can be known here who else uses some data."""
+        return self._file.can_be_alone
+
+    def is_in_place(self) -> bool:
+        """Whether others find the same file: it was not deleted, nor exchanged."""
+        return self._file.is_in_place()
 
     @contextmanager
     def taken(self, wait_s: float | None) -> Iterator[None]:
@@ -59,21 +86,32 @@ class Turns:
             self._file.release()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """In one's turn: be the only process that has the folder open.
+    def alone(self, data: os.stat_result) -> Iterator[None]:
+        """In one's turn: be the only process that uses these data.
 
         Raises:
             StoreBusyError: another one has.
         """
-        with self._file.alone():
+        with self._file.alone(data.st_ino):
             yield
 
     def note(self, of: os.stat_result, *, is_synced: bool) -> None:
         """Write down what the data are like now, if they are in the file `of`. In one's turn."""
+        line = self._line(of, is_synced=is_synced)
         try:
-            self._note(of, is_synced=is_synced)
+            if line is not None:
+                os.pwrite(self._file.descriptor, line.encode(), 0)
         except OSError as error:  # the next one who opens the store checks its pages
             logger.warning("%s cannot be written: %s", self._folder / FILE_NAME, error)
+
+    def forget(self) -> None:
+        """Take the note back: what it says will not be true. In one's turn.
+
+        Raises:
+            StoreError: that cannot be written down.
+        """
+        if self._words():
+            self._require_written(" " * (_NOTE_BYTES - 1) + "\n")
 
     def note_unsynced(self, of: os.stat_result) -> None:
         """Take back that everything is synced, before something is not.
@@ -81,21 +119,23 @@ class Turns:
         Raises:
             StoreError: that cannot be written down.
         """
-        if self._words()[3:] == [_SYNCED]:
-            try:
-                self._note(of, is_synced=False)
-                os.fsync(self._file.descriptor)
-            except OSError as error:
-                raise StoreError(
-                    f"{self._folder / FILE_NAME} cannot be written: {error}"
-                ) from error
+        line = self._line(of, is_synced=False)
+        if line is not None and self._words()[3:] == [_SYNCED]:
+            self._require_written(line)
 
-    def _note(self, of: os.stat_result, *, is_synced: bool) -> None:
-        now = self._look()
-        if self._file.is_writable and now[2] == str(of.st_ino):
-            since = _SYNCED if is_synced else _start_of_machine()
-            line = " ".join((*now, since)).ljust(_NOTE_BYTES - 1) + "\n"
+    def _require_written(self, line: str) -> None:
+        try:
             os.pwrite(self._file.descriptor, line.encode(), 0)
+            os.fsync(self._file.descriptor)
+        except OSError as error:
+            raise StoreError(f"{self._folder / FILE_NAME} cannot be written: {error}") from error
+
+    def _line(self, of: os.stat_result, *, is_synced: bool) -> str | None:
+        now = self._look()
+        if not self._file.is_writable or now[2] != str(of.st_ino):
+            return None
+        since = _SYNCED if is_synced else _start_of_machine()
+        return " ".join((*now, since)).ljust(_NOTE_BYTES - 1) + "\n"
 
     def _words(self) -> list[str]:
         if self._file.descriptor < 0:
@@ -131,6 +171,7 @@ class Turns:
         """Nobody takes turns any more here; who has one ends it first."""
         if not self._is_closed:
             self._is_closed = True
+            self.leave()
             self._file.release()
 
 
