@@ -53,6 +53,8 @@ def stats(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> No
         table.add_row("  bytes a token", f"{found.bytes_per_token[name]:,.0f}")
         if name in found.layouts:
             table.add_row("  each layer keeps", Text(found.layouts[name].partition(";")[0]))
+        if name in found.fidelities:
+            table.add_row("  fidelity, as measured", Text(str(found.fidelities[name])))
     asked = found.hits + found.misses
     share = f"{found.hits / asked:.0%} of {asked:,}" if asked else "none was asked for"
     table.add_row("documents found when asked for", share)
