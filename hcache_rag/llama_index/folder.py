@@ -102,6 +102,14 @@ def has_index(persist_dir: Path) -> bool:
     return (persist_dir / _MODEL).is_file()
 
 
+def context_of(persist_dir: Path) -> str:
+    """What the documents of an index are read after; "none" where there is no index."""
+    try:
+        return ModelChoice.of(persist_dir).context_at_index
+    except SourceError:
+        return "none"
+
+
 def documents_of(contents: FolderContents) -> list[Document]:
     """One LlamaIndex document per file. Its path is metadata that no model reads."""
     return [

@@ -69,15 +69,18 @@ class StoredModel:
     def from_bytes(cls, data: bytes) -> StoredModel:
         """What `to_bytes` gave; a damaged entry is a model without a name."""
         try:
-            found = dict(read_json(data))
+            found: dict[str, Any] = dict(read_json(data))
         except (ValueError, TypeError):
             return UNKNOWN
-        texts = found.get("name"), found.get("layout", ""), found.get("reason", "")
+        texts: tuple[Any, Any, Any] = (
+            found.get("name"),
+            found.get("layout", ""),
+            found.get("reason", ""),
+        )
         fidelity = found.get("fidelity")
         if not all(isinstance(text, str) for text in texts) or not _is_fidelity(fidelity):
             return UNKNOWN
-        name, layout, reason = texts
-        return cls(name, layout, reason, fidelity)
+        return cls(*texts, fidelity)
 
 
 UNKNOWN = StoredModel("an unknown model")
