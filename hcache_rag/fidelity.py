@@ -28,6 +28,10 @@ TOLERANCE_NATS = 0.1
 (Pinsker's inequality)."""
 
 
+_ENOUGH = 4
+"""So many prompts are read whatever they take."""
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """A finished prompt, and the right answer to it where one is known."""
@@ -117,7 +121,7 @@ def measure_fidelity(
         positions: of the dial, or shares of relocated tokens.
         tolerance_nats: the most that the next token's distribution may differ in the mean.
         max_new_tokens: of the answers that are compared.
-        budget_s: no prompt is begun, after two, that would probably take longer than this.
+        budget_s: no prompt is begun, after four, that would probably take longer than this.
         on_progress: called with (prompts done, prompts to do), also before the first.
 
     Raises:
@@ -140,7 +144,7 @@ def measure_fidelity(
         if on_progress:
             on_progress(number, len(cases))
         spent_s = time.perf_counter() - started
-        if len(found) >= 2 and spent_s * (1 + 1 / len(found)) > budget_s:
+        if len(found) >= _ENOUGH and spent_s * (1 + 1 / len(found)) > budget_s:
             left_out += ["the time was up"] * (len(cases) - number)
             break
         room = max(max_new_tokens, len(gold_tokens(engine, case.gold)))

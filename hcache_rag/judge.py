@@ -84,7 +84,7 @@ class Judge:
         )
         self._logits = self._behind(reader, first, self._answer)
         self._likelihood = self._likelihood_of(reader, first)
-        self.full = self.judge(reader, reading)
+        self.full = Judgement(0.0, 0.0, 1.0, 0.0, 1.0, self._text, reading.tokens, reading.seconds)
         """Full prefill, compared with itself."""
 
     def judge(self, reader: Reader, reading: Reading) -> Judgement:

@@ -401,9 +401,9 @@ def test_a_damaged_state_is_one_sentence(engine: HCacheEngine, store: StateStore
         measure_fidelity(engine, CASES)
 
 
-def test_when_the_time_is_up_two_prompts_have_been_read(engine: HCacheEngine) -> None:
-    report = measure_fidelity(engine, CASES * 2, ["none"], budget_s=0.0)
-    assert report.prompts == 2
+def test_when_the_time_is_up_four_prompts_have_been_read(engine: HCacheEngine) -> None:
+    report = measure_fidelity(engine, CASES * 3, ["none"], budget_s=0.0)
+    assert report.prompts == 4
     assert report.left_out == ("the time was up",) * 2
 
 

@@ -28,7 +28,7 @@ PROMPTS, QUICK_PROMPTS = 20, 4
 ANSWER_TOKENS, QUICK_ANSWER_TOKENS = 32, 8
 CHECK_PROMPTS, CHECK_ANSWER_TOKENS = 12, 1
 QUICK_S = 45.0
-"""The short forms begin no prompt after that."""
+"""The short forms begin no prompt after that, but four."""
 
 _QUESTION_CHARS = 300
 _T = TypeVar("_T")
