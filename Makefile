@@ -11,6 +11,7 @@ export TOKENIZERS_PARALLELISM = false
 
 DOCUMENTED := $(addprefix hcache_rag.,engine store generation streaming provenance errors bundled \
 	measure profile presets choice plan planner simulate timeline layout quality \
+	judge fidelity questions \
 	llama_index llama_index.llm llama_index.retriever llama_index.precompute) \
 	hcache_kernels hcache_indexers.local
 

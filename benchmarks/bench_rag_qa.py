@@ -28,23 +28,25 @@ import hashlib
 import json
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from common import ROOT, Target, arguments, at_most, finish, machine, quiet_transformers
 from peers import cacheblend, epic_positions
-from qa import Record, exact_match, f1, read_records, substring_match
+from qa import exact_match, f1, substring_match
 
-from hcache_rag import HCacheEngine
+from hcache_rag import HCacheEngine, SourceError
 from hcache_rag.bundled import default_model_path
+from hcache_rag.judge import Judge, Judgement
 from hcache_rag.models import load_model
-from hcache_rag.quality import kl, rouge_l
-from hcache_rag.repair import FIDELITY_SHARES, select_tokens
-from hcache_rag.trial import Reader, Reading, Trial, read_as_a_whole, trying
+from hcache_rag.quality import bootstrap_interval
+from hcache_rag.questions import Record, read_records
+from hcache_rag.repair import FIDELITY_SHARES
+from hcache_rag.trial import Reading, Trial, read_as_a_whole, trying
 
 PREAMBLE = "Answer the question from the passages in a few words.\n\n"
 NEW_TOKENS = 16
@@ -52,6 +54,12 @@ BALANCED = FIDELITY_SHARES["balanced"]
 QUALITY = ("f1", "em", "in_answer", "rouge_l", "kl_first", "kl", "top1", "gold")
 METRICS = (*QUALITY, "tokens", "seconds")
 WAYS = ("top", "epic", "blend", "fast", "balanced", "high", "exact")
+DECIDING = (
+    *(Path(__file__).with_name(name) for name in ("bench_rag_qa.py", "peers.py", "qa.py")),
+    *(ROOT / "hcache_rag" / name for name in ("judge.py", "questions.py", "trial.py")),
+)
+"""Files that decide the numbers."""
+
 Row = dict[str, float]
 
 
@@ -122,7 +130,10 @@ def parsed() -> argparse.Namespace:
 
 
 def chosen(options: argparse.Namespace) -> list[Record]:
-    records = read_records(options.data)
+    try:
+        records = [record for record in read_records(options.data) if record.answers]
+    except SourceError as error:
+        raise SystemExit(str(error)) from error
     if options.half:
         records = records[options.half == "odd" :: 2]
     records = records[: options.records or (2 if options.quick else None)]
@@ -178,96 +189,64 @@ def prompt_of(passages: Sequence[str], question: str) -> str:
     return f"{PREAMBLE}{chr(10).join(p + chr(10) for p in passages)}\nQuestion: {question}\nAnswer:"
 
 
-class Judge:
-    """Compares readings of one prompt with full prefill's."""
-
-    def __init__(self, engine: HCacheEngine, record: Record) -> None:
-        self._engine = engine
-        self._record = record
-        self._ends = {int(engine.tokenizer.eos_token_id)}
-        self._gold = self._ids(f" {record.answers[0]}")
-        self._reference: tuple[torch.Tensor, list[int], torch.Tensor, float, str] | None = None
-        self.rows: dict[str, Row] = {}
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._engine.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
-    def _text(self, ids: list[int]) -> str:
-        """The first line of an answer."""
-        text = str(self._engine.tokenizer.decode(ids, skip_special_tokens=True))
-        return text.partition("\n")[0].strip()
-
-    def add(self, name: str, reader: Reader, reading: Reading, more_s: float = 0.0) -> None:
-        """Judge a reading; the first one is the reference."""
-        first = reading.first
-        answer = reader.answer(first, NEW_TOKENS, self._ends)
-        gold = self._likelihood(reader, first)
-        text = self._text(answer)
-        if self._reference is None:
-            behind = torch.cat((first[None], reader.behind(answer)[:-1] if answer else first[:0]))
-            self._reference = first, answer, behind, gold, text
-        first_ref, answer_ref, behind_ref, gold_ref, text_ref = self._reference
-        behind = torch.cat((first[None], reader.behind(answer_ref[:-1])))
-        golds = self._record.answers
-        self.rows[name] = {
-            "f1": f1(text, golds),
-            "em": exact_match(text, golds),
-            "in_answer": substring_match(text, golds),
-            "rouge_l": rouge_l(text_ref.split(), text.split()),
-            "kl_first": float(kl(first_ref[None], first[None])[0]),
-            "kl": float(kl(behind_ref, behind[: len(behind_ref)]).mean()),
-            "top1": float(int(first.argmax()) == int(first_ref.argmax())),
-            "gold": gold - gold_ref,
-            "tokens": float(reading.tokens),
-            "seconds": reading.seconds + more_s,
-        }
-
-    def _likelihood(self, reader: Reader, first: torch.Tensor) -> float:
-        """Of the gold answer, per token."""
-        logits = torch.cat((first[None], reader.behind(self._gold[:-1])))
-        chosen = logits.double().log_softmax(-1)[range(len(self._gold)), self._gold]
-        return float(chosen.mean())
-
-
 def judged(engine: HCacheEngine, record: Record, wanted: Sequence[str]) -> dict[str, Row]:
     """One record, read in every way that is wanted."""
-    judge = Judge(engine, record)
     with trying(engine, prompt_of(record.passages, record.question), room_tokens=64) as trial:
         token_ids = trial.composition.token_ids.tolist()
         with read_as_a_whole(engine.adapter, token_ids) as (reader, reading):
-            judge.add("full", reader, reading)
+            judge = Judge(
+                engine,
+                reader,
+                reading,
+                gold=f" {record.answers[0]}",
+                max_new_tokens=NEW_TOKENS,
+                is_line=True,
+            )
+        rows = {"full": scored(judge.full, record)}
         for count, passages in fewer(record).items() if "top" in wanted else ():
             ids = engine.prompt_tokens(prompt_of(passages, record.question)).tolist()
             with read_as_a_whole(engine.adapter, ids) as (reader, reading):
-                judge.add(f"top {count}", reader, reading)
-        nothing = trial.read(np.empty(0, np.int64))
-        restoring_s = max(0.0, trial.scoring_s - nothing.seconds)
-        judge.add("none", trial, nothing, restoring_s)
-        for name, read, before_s in ways_of(engine, trial, restoring_s):
-            if name in wanted:
-                judge.add(name, trial, read(), before_s)
-    return judge.rows
+                rows[f"top {count}"] = scored(judge.judge(reader, reading), record)
+        for name, read in ways_of(engine, trial).items():
+            if name in ("none", *wanted):
+                rows[name] = scored(judge.judge(trial, read()), record)
+    return rows
 
 
-def ways_of(
-    engine: HCacheEngine, trial: Trial, restoring_s: float
-) -> Iterator[tuple[str, Callable[[], Reading], float]]:
-    """Name, reading, and the seconds that come before it."""
-    relocated = trial.relocated
-    positions = trial.composition.restored_positions[relocated]
+def scored(judgement: Judgement, record: Record) -> Row:
+    """A judgement in numbers, and its answer against the gold ones."""
+    answer, golds = judgement.answer, record.answers
+    return {
+        "f1": f1(answer, golds),
+        "em": exact_match(answer, golds),
+        "in_answer": substring_match(answer, golds),
+        "rouge_l": judgement.rouge_l,
+        "kl_first": judgement.kl_first,
+        "kl": judgement.kl,
+        "top1": judgement.top1,
+        "gold": -judgement.nll,
+        "tokens": float(judgement.tokens),
+        "seconds": judgement.seconds,
+    }
 
-    def last_row(share: float) -> Reading:
-        budget = round(share * len(relocated))
-        return trial.read(select_tokens(trial.scores[relocated], positions, budget))
 
-    budget = round(BALANCED * len(relocated))
-    yield "epic", lambda: trial.read(epic_positions(trial, budget)), restoring_s
-    yield "blend", lambda: cacheblend(engine.adapter, trial, budget), restoring_s
-    for name in ("fast", "balanced", "high"):
-        yield name, partial(last_row, FIDELITY_SHARES[name]), trial.scoring_s
-    yield "10 %", partial(last_row, 0.10), trial.scoring_s
-    yield "exact", lambda: trial.read(positions), restoring_s
+def ways_of(engine: HCacheEngine, trial: Trial) -> dict[str, Callable[[], Reading]]:
+    """Each way's reading, with the seconds of restoring."""
+    budget = round(BALANCED * len(trial.relocated))
+
+    def peer(read: Callable[[], Reading]) -> Reading:
+        restoring_s = max(0.0, trial.scoring_s - trial.repair(0.0).seconds)
+        reading = read()
+        return replace(reading, seconds=reading.seconds + restoring_s)
+
+    return {
+        "none": lambda: trial.at("none"),
+        "epic": lambda: peer(lambda: trial.read(epic_positions(trial, budget))),
+        "blend": lambda: peer(lambda: cacheblend(engine.adapter, trial, budget)),
+        **{name: partial(trial.at, name) for name in ("fast", "balanced", "high")},
+        "10 %": lambda: trial.at(0.10),
+        "exact": lambda: trial.at("exact"),
+    }
 
 
 def fewer(record: Record) -> dict[int, list[str]]:
@@ -292,8 +271,7 @@ def fingerprint(engine: HCacheEngine, options: argparse.Namespace) -> str:
         *options.read,
         str(options.retrieve),
         PREAMBLE,
-        *(Path(__file__).with_name(name).read_text() for name in ("peers.py", "qa.py")),
-        Path(__file__).read_text(),
+        *(path.read_text() for path in DECIDING),
     )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
@@ -319,19 +297,11 @@ def table(results: dict[str, dict[str, Row]]) -> list[dict[str, Any]]:
         its = [rows_[name] for rows_ in results.values() if name in rows_]
         row: dict[str, Any] = {"read": name, "n": len(its)}
         row |= {metric: float(np.mean([r[metric] for r in its])) for metric in METRICS}
-        row["kl_first_95"] = interval([r["kl_first"] for r in its])
+        row["kl_first_95"] = bootstrap_interval([r["kl_first"] for r in its])
         full = [rows_["full"]["f1"] for rows_ in results.values() if name in rows_]
-        row["f1_less_full_95"] = interval(np.subtract([r["f1"] for r in its], full))
+        row["f1_less_full_95"] = bootstrap_interval(np.subtract([r["f1"] for r in its], full))
         rows.append(row)
     return rows
-
-
-def interval(samples: Any, repeats: int = 4000) -> tuple[float, float]:
-    """95 % percentile bootstrap of the mean."""
-    values = np.asarray(samples, float)
-    drawn = np.random.default_rng(0).integers(0, len(values), (repeats, len(values)))
-    low, high = np.percentile(values[drawn].mean(1), (2.5, 97.5))
-    return float(low), float(high)
 
 
 def show(rows: Sequence[dict[str, Any]], count: int) -> None:

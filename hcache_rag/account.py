@@ -26,6 +26,7 @@ def provenance_of(
     warnings: Sequence[str],
     *,
     repaired: int = 0,
+    fidelity: str | float = "",
     plan: RestorePlan | None = None,
 ) -> Provenance:
     """The provenance of a prompt, or of the plan for one where `timeline` is None."""
@@ -56,6 +57,7 @@ def provenance_of(
         documents_missed=len(missed),
         bytes_read=timeline.bytes_read if timeline is not None else 0,
         seconds=spent,
+        fidelity=fidelity,
         plan=plan.reason if plan is not None else "",
         warnings=(*warnings, *misses(missed)),
     )

@@ -49,7 +49,7 @@ from hcache_rag.prefixes import Prefixes
 from hcache_rag.profile import HardwareProfile
 from hcache_rag.prompt import Tokenization, Tokenizer
 from hcache_rag.provenance import Generation, Provenance
-from hcache_rag.repair import begin_repair, repair_share
+from hcache_rag.repair import begin_repair, recommended, repair_share
 from hcache_rag.sequences import PendingState
 from hcache_rag.state import StateRecord, TokenIds, root_key, token_array
 from hcache_rag.store import StateStore
@@ -58,7 +58,7 @@ from hcache_rag.texts import TextSet
 
 logger = logging.getLogger("hcache_rag")
 
-Fidelity = Literal["exact", "high", "balanced", "fast", "none"] | float
+Fidelity = Literal["auto", "exact", "high", "balanced", "fast", "none"] | float
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,9 @@ class HCacheEngine:
         fidelity: how close to full prefill an answer is. "exact" restores only documents whose
             state was computed after the very tokens in front of them and keeps every bit. The
             others restore every document, and of the relocated ones' tokens repair a share: "high"
-            30 %, "balanced" 15 %, "fast" 5 %, "none" 0, or a number from 0 to 1.
+            30 %, "balanced" 15 %, "fast" 5 %, "none" 0, or a number from 0 to 1. "auto" is what the
+            store recommends for this model (`hcache-rag fidelity --write`), or else "balanced";
+            the attribute `fidelity` says which.
         context_at_index: what `precompute` reads before a document besides the preamble: "none",
             or "documents": those before it in the same call. A document that has seen others is
             nearer to what it is behind others in a prompt, and needs less repair; but it is not
@@ -129,7 +131,7 @@ class HCacheEngine:
         storage_dtype: str | None = None,
         profile: HardwareProfile | Literal["auto"] | None = "auto",
         objective: Objective = LEAST_TIME,
-        fidelity: Fidelity = "balanced",
+        fidelity: Fidelity = "auto",
         context_at_index: Literal["none", "documents"] = "none",
         paths_max_bytes: int = MAX_BYTES,
         keep_recurring: bool = False,
@@ -143,8 +145,8 @@ class HCacheEngine:
             raise ValueError(
                 'documents that are read behind others are not exact, but fidelity is "exact"'
             )
-        self.fidelity = fidelity
-        self.repair_share = repair_share(fidelity)
+        self._is_auto = fidelity == "auto"
+        self._set_fidelity(recommended(None) if fidelity == "auto" else fidelity)
         self.adapter = ModelAdapter(model, name)
         if self.adapter.device.type != "cpu":
             raise UnsupportedModelError(
@@ -187,6 +189,9 @@ class HCacheEngine:
     def _bind(self) -> None:
         """Find, and store, the states of the model as it is now."""
         self.root = root_key(self.adapter.fingerprint, tokenizer_fingerprint(self.tokenizer))
+        if self._is_auto:
+            known = self.store.models().get(self.root)
+            self._set_fidelity(recommended(known.fidelity if known is not None else None))
         self._prefixes = Prefixes(self.adapter, self.store, self.root)
         preamble_ids = self._tokens.preamble(self.preamble, add_bos=self.add_bos)
         self._parent = self._prefixes.add(self.root, preamble_ids)
@@ -218,6 +223,10 @@ class HCacheEngine:
             is_kept=self._is_kept,
             costs=costs,
         )
+
+    def _set_fidelity(self, fidelity: str | float) -> None:
+        self.repair_share = repair_share(fidelity)
+        self.fidelity = fidelity
 
     def _follow_model(self) -> None:
         """Weights may have been written, or adapters switched, since the last request."""
@@ -276,7 +285,7 @@ class HCacheEngine:
         plan, _ = self.planner.plan(
             span_sizes(composition, self._prefixes), len(composition.fresh_positions)
         )
-        return provenance_of(composition, pieces, {}, None, [], plan=plan)
+        return provenance_of(composition, pieces, {}, None, [], fidelity=self.fidelity, plan=plan)
 
     @lent_threads()
     def generate(
@@ -525,7 +534,14 @@ class HCacheEngine:
         if reason != "cancelled":
             self.planner.observe(timeline, plan)
         provenance = provenance_of(
-            composition, pieces, seconds, timeline, request.warnings, repaired=repaired, plan=plan
+            composition,
+            pieces,
+            seconds,
+            timeline,
+            request.warnings,
+            repaired=repaired,
+            fidelity=self.fidelity,
+            plan=plan,
         )
         self._count_use(pieces)
         if self.paths.is_on and composition.num_restored > composition.num_exact:

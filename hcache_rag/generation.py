@@ -168,7 +168,7 @@ def decode(
     """
     assembler = TextAssembler(tokenizer, options.stops)
     tokens: list[int] = []
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     stopping = threading.Event()
 
     def on_token(token: int) -> None:
@@ -203,7 +203,8 @@ def decode(
     return text, generated, reason
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer."""
     ends = model.generation_config.eos_token_id if model.generation_config else None
     if ends is None:
         ends = tokenizer.eos_token_id

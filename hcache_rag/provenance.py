@@ -26,6 +26,7 @@ class Provenance:
             and of these "reading" (on the reading lane), "waiting", "recomputing", "restoring",
             "restored" (from the beginning of reading to the end of the first forward pass) and
             what was "predicted" for that.
+        fidelity: the dial's position, or the share, that the engine was set to.
         plan: what was read and recomputed, and why.
         warnings: why states that should have been used were not.
     """
@@ -40,6 +41,7 @@ class Provenance:
     documents_missed: int = 0
     bytes_read: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    fidelity: str | float = ""
     plan: str = ""
     warnings: tuple[str, ...] = ()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -60,6 +62,26 @@ def kl(reference: Tensor, other: Tensor) -> Tensor:
     expected = reference.double().log_softmax(-1)
     found = other.double().log_softmax(-1)
     return (expected.exp() * (expected - found)).sum(-1)
+
+
+def log_likelihood(logits: Tensor, token_ids: Sequence[int]) -> float:
+    """Of tokens (n,), per token, in nats, by the logits (n, vocabulary) in front of each."""
+    log_probabilities = logits.double().log_softmax(-1)
+    return float(log_probabilities[range(len(token_ids)), list(token_ids)].mean())
+
+
+def relative_error(reference: Tensor, other: Tensor) -> float:
+    """The Frobenius norm of the difference, over that of the reference."""
+    expected = reference.double()
+    return float((other.double() - expected).norm() / expected.norm())
+
+
+def bootstrap_interval(samples: npt.ArrayLike, repeats: int = 4000) -> tuple[float, float]:
+    """95 % percentile bootstrap of the mean (Efron, 1979); the same samples, the same interval."""
+    values = np.asarray(samples, float)
+    drawn = np.random.default_rng(0).integers(0, len(values), (repeats, len(values)))
+    low, high = np.percentile(values[drawn].mean(1), (2.5, 97.5))
+    return float(low), float(high)
 
 
 def rouge_l(reference: Sequence[str], other: Sequence[str]) -> float:

@@ -41,6 +41,18 @@ def repair_share(fidelity: str | float) -> float:
     return float(fidelity)
 
 
+def recommended(found: str | float | None) -> str | float:
+    """What fidelity "auto" stands for: what a store recommends, or else "balanced".
+
+    "exact" is not taken from a store: it needs states that are kept in full, and says so.
+    """
+    try:
+        usable = found is not None and found != "exact" and repair_share(found) >= 0
+    except ValueError:
+        usable = False
+    return found if found is not None and usable else "balanced"
+
+
 def select_tokens(
     scores: npt.NDArray[np.float32], positions: npt.NDArray[np.int64], budget: int
 ) -> npt.NDArray[np.int64]:

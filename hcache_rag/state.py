@@ -51,7 +51,7 @@ def common_prefix(a: TokenIds, b: TokenIds) -> int:
     return int(differing[0]) if len(differing) else length
 
 
-def read_json(data: bytes) -> Any:
+def read_json(data: bytes | str) -> Any:
     """What some JSON says.
 
     Raises:

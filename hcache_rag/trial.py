@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from hcache_rag.cache import RestoringCache
 from hcache_rag.compose import Composition
 from hcache_rag.engine import HCacheEngine
 from hcache_rag.models import ModelAdapter
-from hcache_rag.repair import last_row_scores, relocated_slots
+from hcache_rag.repair import last_row_scores, relocated_slots, repair_share, select_tokens
 
 Positions = npt.NDArray[np.int64]
 
@@ -49,6 +49,11 @@ class Reader:
     def __init__(self, adapter: ModelAdapter, cache: Cache) -> None:
         self._adapter = adapter
         self._cache = cache
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K, as it is used at its position, and V of a layer, (G, N, D) each, by position."""
+        layers: list[Any] = self._cache.layers
+        return layers[layer].keys[0], layers[layer].values[0]
 
     @torch.no_grad()
     def behind(self, token_ids: Sequence[int]) -> Tensor:
@@ -118,6 +123,11 @@ class Trial(Reader):
         """The slots of relocated tokens, ascending."""
         return relocated_slots(self.composition)
 
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """As `Reader.layer`; copies."""
+        keys, values = self.cache.by_position(layer)
+        return keys[0], values[0]
+
     def stale(self, layer: int) -> tuple[Tensor, Tensor]:
         """K and V, (G, R, D) each, of a layer's restored tokens, with nothing repaired."""
         keys, values = self._stale
@@ -130,15 +140,50 @@ class Trial(Reader):
         Args:
             is_stale: everything else is as it was restored; otherwise as it is now in the cache.
         """
-        started = time.perf_counter()
         if is_stale:
             self.reset()
+        started = time.perf_counter()
         every = np.union1d(positions, self.composition.fresh_positions)
         self.cache.begin_pass(every)
         inputs: dict[str, Any] = self.cache.pass_inputs()
         model: Any = self._adapter.model
         output = model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return Reading(output.logits[0, -1], time.perf_counter() - started, len(every))
+
+    def repair(self, share: float) -> Reading:
+        """Read the share of relocated tokens again that the last row looks at most."""
+        relocated = self.relocated
+        positions = self.composition.restored_positions[relocated]
+        budget = round(share * len(relocated))
+        return self.read(select_tokens(self.scores[relocated], positions, budget))
+
+    def at(self, fidelity: str | float) -> Reading:
+        """Read as `HCacheEngine` does with this fidelity; `seconds` are those of restoring as well.
+
+        With "exact", what is not kept in full is read afresh, and restoring the rest is not timed.
+
+        Raises:
+            ValueError: no position of the dial, and no share.
+        """
+        share = repair_share(fidelity)
+        if fidelity == "exact":
+            return self.read(self.inexact)
+        reading = self.repair(share)
+        if not share:
+            return replace(reading, seconds=max(self.scoring_s, reading.seconds))
+        return replace(reading, seconds=self.scoring_s + reading.seconds)
+
+    @property
+    def inexact(self) -> Positions:
+        """The positions of restored tokens that fidelity "exact" does not restore."""
+        dtype = self._adapter.spec.dtype
+        spans = [
+            np.arange(span.position, span.position + span.num_tokens)
+            for span in self.composition.spans
+            if not (span.is_exact and span.record.layout.is_lossless(dtype))
+            or span.record.is_approximate
+        ]
+        return np.concatenate(spans) if spans else np.empty(0, np.int64)
 
     def reset(self) -> None:
         """Let the cache hold the restored tokens as they were."""

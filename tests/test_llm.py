@@ -911,6 +911,7 @@ def test_the_preamble_is_what_stands_before_the_documents_and_they_are_restored(
         engine_of(llm, **({"text_qa_template": template} if template else {})).query(QUESTION)
     [prompt] = prompts
     assert llm.preamble == prompt.partition(TEXTS[0])[0]
+    assert llm.qa_prompt(TEXTS, QUESTION) == prompt
     assert all(text in prompt for text in TEXTS)
     if "system_prompt" in options:
         assert options["system_prompt"] in llm.preamble

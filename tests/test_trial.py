@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ from oracle import (
     prefill,
 )
 from peers import cacheblend, epic_positions
-from qa import exact_match, f1, read_records, substring_match
+from qa import exact_match, f1, substring_match
 from tiny import SHAPES, Shape, byte_tokenizer, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -184,75 +182,3 @@ def test_kl_is_torchs_own() -> None:
         reduction="none",
     ).sum(-1)
     torch.testing.assert_close(kl(one, two), expected)
-
-
-LAYOUTS: dict[str, Any] = {
-    "hotpotqa": [
-        {
-            "_id": "1",
-            "question": "Q?",
-            "answer": "A",
-            "type": "bridge",
-            "supporting_facts": [["T", 0]],
-            "context": [["T", ["One. ", "Two."]], ["U", ["Three."]]],
-        }
-    ],
-    "musique": [
-        {
-            "id": "1",
-            "question": "Q?",
-            "answer": "A",
-            "answer_aliases": ["B"],
-            "paragraphs": [
-                {"title": "T", "paragraph_text": "One. Two."},
-                {"title": "U", "paragraph_text": "Three."},
-            ],
-        }
-    ],
-    "nq-open": [
-        {
-            "question": "Q?",
-            "answers": ["A"],
-            "ctxs": [{"title": "T", "text": "One. Two."}, {"title": "U", "text": "Three."}],
-        }
-    ],
-    "longbench": [
-        {
-            "_id": "1",
-            "input": "Q?",
-            "answers": ["A"],
-            "all_classes": None,
-            "context": "Passage 1:\nT: One. Two.\n\nPassage 2:\nU: Three.",
-        }
-    ],
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("as_lines", [False, True])
-def test_datasets_are_read_in_their_own_layouts(
-    layout: str, as_lines: bool, tmp_path: Path
-) -> None:
-    data = LAYOUTS[layout]
-    text = "\n".join(map(json.dumps, data)) if as_lines else json.dumps(data)
-    if as_lines:
-        text = text + "\n" + text
-    (tmp_path / "data").write_text(text)
-    record = read_records(tmp_path / "data")[0]
-    assert (record.question, record.answers[0]) == ("Q?", "A")
-    assert [passage.split("\n")[-1] for passage in record.passages] == ["T: One. Two.", "U: Three."]
-
-
-def test_squad_questions_get_other_passages_of_the_file(shared_data: Path) -> None:
-    """The right one is among them, in turn at each place; unanswerable questions are left out."""
-    records = read_records(shared_data / "squad_small.json", distractors=3)
-    assert len(records) == 293
-    assert {len(record.passages) for record in records} == {4}
-    assert all(any(a in p for p in r.passages) for r in records for a in r.answers[:1])
-    assert len(read_records(shared_data / "hotpotqa_100.json")) == 100
-
-
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "data").write_text('[{"text": "x"}]')
-    with pytest.raises(SystemExit, match="no layout that is known"):
-        read_records(tmp_path / "data")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -32,7 +32,13 @@ from hcache_rag.cli.console import (
     size,
     status,
 )
+from hcache_rag.cli.fidelity import ContextOption, check
+from hcache_rag.cli.fidelity import fidelity as fidelity_command
 from hcache_rag.layout import STORAGE_DTYPES, Representation
+
+if TYPE_CHECKING:
+    from hcache_rag.choice import LayoutChoice
+    from hcache_rag.indexing import PrecomputeReport
 
 app = typer.Typer(
     name="hcache-rag",
@@ -87,6 +93,15 @@ def index(
             "int8-smooth.  [default: int8, int8-smooth]"
         ),
     ] = None,
+    context_at_index: ContextOption = None,
+    check_fidelity: Annotated[
+        bool,
+        typer.Option(
+            "--check-fidelity",
+            help="Then compare a few prompts with full prefill, and write down which fidelity "
+            "`ask` needs (about a minute; see `hcache-rag fidelity`).",
+        ),
+    ] = False,
     measure: Annotated[
         bool,
         typer.Option(help="Measure this machine first (some seconds), if that was not done yet."),
@@ -101,38 +116,56 @@ def index(
     if storage_dtype is not None:
         known = STORAGE_DTYPES[Representation("kv" if representation == "kv" else "hidden")]
         one_of("--storage-dtype", storage_dtype, known)
+    if context_at_index is not None:
+        one_of("--context-at-index", context_at_index, ("none", "documents"))
     contents = read_folder(folder)
     for name, reason in contents.skipped:
         say(err, "skipped", "yellow", f" {name}: {reason}")
     with quiet_transformers(), status("loading the model", not as_json):
-        from hcache_rag.llama_index.folder import ModelChoice, index_folder
+        from hcache_rag.llama_index.folder import ModelChoice, context_of, index_folder
     persist_dir = store.expanduser()
+    choice = ModelChoice(
+        model and os.path.abspath(model),
+        dtype,
+        representation,
+        storage_dtype,
+        context_at_index or context_of(persist_dir),
+    )
     with quiet_transformers(), _reading_bar(not as_json) as on_progress:
         report, llm = index_folder(
             contents,
             persist_dir,
-            ModelChoice(model and os.path.abspath(model), dtype, representation, storage_dtype),
+            choice,
             on_progress=on_progress,
             on_measure=(lambda _step: None) if measure else None,
         )
-    choice = llm.engine.choice
+    kept = llm.engine.choice
     result = {
         "store": str(persist_dir),
         "files": len(contents.files),
         "files_skipped": [list(item) for item in contents.skipped],
         "model": llm.model_name,
-        "layout": str(choice.layout),
-        "layout_reason": choice.reason,
-        "bytes_per_token": choice.layout.bytes_per_token(llm.engine.adapter.spec),
+        "layout": str(kept.layout),
+        "layout_reason": kept.reason,
+        "bytes_per_token": kept.layout.bytes_per_token(llm.engine.adapter.spec),
         **asdict(report),
     }
-    llm.close()
+    with closing(llm):
+        if not as_json:
+            _show(report, kept, len(contents.skipped))
+        if check_fidelity:
+            with quiet_transformers():
+                result["fidelity"] = check(persist_dir, llm, as_json)
     if as_json:
         print_json(result)
         return
+    say(out, "now try: ", "", f'hcache-rag ask "..." --store {store}')
+
+
+def _show(report: PrecomputeReport, kept: LayoutChoice, num_skipped: int) -> None:
     out.print(
         f"[bold]{report.stored}[/] document(s) read, [bold]{report.reused}[/] were there already, "
-        f"{len(contents.skipped)} file(s) skipped"
+        f"{num_skipped} file(s) skipped"
     )
     if report.stored:
         rate = report.stored_tokens / report.seconds
@@ -147,8 +180,7 @@ def index(
         )
     for text, reason in report.skipped:
         say(out, "not stored", "yellow", f" {text!r}: {reason}")
-    say(out, "each layer keeps ", "", f"{choice.layout}; {choice.reason}")
-    say(out, "now try: ", "", f'hcache-rag ask "..." --store {store}')
+    say(out, "each layer keeps ", "", f"{kept.layout}; {kept.reason}")
 
 
 @app.command()
@@ -162,9 +194,10 @@ def ask(
         str,
         typer.Option(
             help="Closeness to full prefill: exact, high, balanced, fast, none, or the share of "
-            "relocated tokens that is read again, such as 0.2."
+            "relocated tokens that is read again, such as 0.2; auto is what `fidelity --write` "
+            "found, or else balanced."
         ),
-    ] = "balanced",
+    ] = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Answer QUESTION from an index."""
@@ -196,7 +229,7 @@ def ask(
     account = (
         f"first text after {answer.first_text_s * 1e3:,.0f} ms · {tokens['restored_tokens']:,} of "
         f"{tokens['prompt_tokens']:,} prompt tokens restored, {tokens['fresh_tokens']:,} read, "
-        f"{tokens['repaired_tokens']:,} repaired · "
+        f"{tokens['repaired_tokens']:,} repaired ({tokens['fidelity']}) · "
         f"{size(tokens['bytes_read'])} from the store · from {', '.join(answer.sources)}"
     )
     if answer.num_prompts > 1:
@@ -210,6 +243,8 @@ app.command()(chatting.chat)
 
 for _keeping in (keeping.stats, keeping.verify, keeping.gc):
     app.command()(_keeping)
+
+app.command()(fidelity_command)
 
 for _planning in (planning.profile, planning.plan, planning.simulate):
     app.command()(_planning)

@@ -49,7 +49,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
     fidelity: Annotated[
         str, typer.Option(help="Closeness of passages to full prefill, as in `ask`.")
-    ] = "balanced",
+    ] = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Talk with a model that restores what was said before, also when it is started again.

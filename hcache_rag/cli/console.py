@@ -12,6 +12,7 @@ from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from hcache_rag.errors import HCacheError
@@ -69,7 +70,7 @@ def dial_position(fidelity: str) -> str | float:
     try:
         share = float(fidelity)
     except ValueError:
-        one_of("--fidelity", fidelity, ("exact", "high", "balanced", "fast", "none"))
+        one_of("--fidelity", fidelity, ("auto", "exact", "high", "balanced", "fast", "none"))
         return fidelity
     if not 0 <= share <= 1:
         raise typer.BadParameter(f"{fidelity} is not a share from 0 to 1", param_hint="--fidelity")
@@ -84,6 +85,47 @@ def status(text: str, show: bool) -> Iterator[Callable[[str], None]]:
         return
     with err.status(text) as shown:
         yield shown.update
+
+
+@contextmanager
+def bar(text: str, show: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; call what is given with (done, all)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=err, disable=not (show and err.is_terminal), transient=True
+    ) as progress:
+        task = progress.add_task(text, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def picture(path: Path) -> Path:
+    """Where a picture goes: PNG, if the name does not say what else."""
+    return path if path.suffix or path.is_dir() else path.with_suffix(".png")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make what keeps a picture from being written one line; folders are refused at once.
+
+    Raises:
+        HCacheError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        yield
+    except ImportError as error:
+        raise HCacheError(
+            f"drawing needs matplotlib: pip install 'hcache-rag[plot]' ({error})"
+        ) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise HCacheError(f"cannot write {path}: {reason}") from error
 
 
 @contextmanager

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +13,7 @@ from hcache_rag.cli.console import (
     DEFAULT_STORE,
     JsonOption,
     StoreOption,
+    bar,
     err,
     out,
     print_json,
@@ -53,6 +51,8 @@ def stats(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> No
         table.add_row("  bytes a token", f"{found.bytes_per_token[name]:,.0f}")
         if name in found.layouts:
             table.add_row("  each layer keeps", Text(found.layouts[name].partition(";")[0]))
+        if name in found.fidelities:
+            table.add_row("  fidelity, as measured", Text(str(found.fidelities[name])))
     asked = found.hits + found.misses
     share = f"{found.hits / asked:.0%} of {asked:,}" if asked else "none was asked for"
     table.add_row("documents found when asked for", share)
@@ -91,7 +91,7 @@ def verify(
         say(err, f"{salvaged.states:,} states were saved", "green", f"; it is in {salvaged.kept}")
         opened = open_states(store, read_only=False)
     with opened as states:
-        with _checking_bar(not as_json) as on_progress:
+        with bar("checking states", not as_json) as on_progress:
             report = states.verify(on_progress)
         if repair and not report.is_whole:
             states.repair(report)
@@ -167,21 +167,6 @@ def _print_report(report: VerifyReport, is_repaired: bool, again: int) -> None:
         say(out, "repaired", "green", dropped)
     else:
         say(out, "nothing was changed", "", "; --repair drops it and reads those documents again")
-
-
-@contextmanager
-def _checking_bar(show: bool) -> Iterator[Callable[[int, int], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=err, disable=not (show and err.is_terminal), transient=True
-    ) as progress:
-        task = progress.add_task("checking states", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _age(seconds: float) -> str:

@@ -18,14 +18,16 @@ from hcache_rag.cli.console import (
     err,
     one_of,
     out,
+    picture,
     print_json,
     quiet_transformers,
     reported,
     say,
     size,
     status,
+    writing,
 )
-from hcache_rag.errors import HCacheError, ProfileError
+from hcache_rag.errors import ProfileError
 from hcache_rag.layout import STORAGE_DTYPES, Representation
 
 if TYPE_CHECKING:
@@ -327,27 +329,17 @@ def _as_row(method: Method) -> dict[str, Any]:
 
 
 def _write_pictures(found: list[Method], draw: Path | None, trace: Path | None, title: str) -> None:
-    target = draw
-    try:
-        if draw is not None:
-            if draw.is_dir():
-                raise IsADirectoryError(None, "it is a folder")
-            target = draw = draw if draw.suffix else draw.with_suffix(".png")
+    if draw is not None:
+        target = picture(draw)
+        with writing(target):
             from hcache_rag.timeline import draw as draw_timelines
 
-            draw_timelines([(method.name, method.timeline) for method in found], draw)
-            say(err, "drawn: ", "", str(draw))
-        if trace is not None:
-            target = trace
+            draw_timelines([(method.name, method.timeline) for method in found], target)
+        say(err, "drawn: ", "", str(target))
+    if trace is not None:
+        with writing(trace):
             trace.write_text(found[-1].timeline.to_trace(title))
-            say(err, "written: ", "", f"{trace}; open it at ui.perfetto.dev")
-    except ImportError as error:
-        raise HCacheError(
-            f"drawing needs matplotlib: pip install 'hcache-rag[plot]' ({error})"
-        ) from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise HCacheError(f"cannot write {target}: {reason}") from error
+        say(err, "written: ", "", f"{trace}; open it at ui.perfetto.dev")
 
 
 def _mix_in_words(choice: Any) -> str:

@@ -51,24 +51,30 @@ class ModelChoice:
         dtype: what it is loaded as.
         representation: what its states keep.
         storage_dtype: what they are stored in; None is the library's choice.
+        context_at_index: what documents are read after, see `HCacheLLM`.
     """
 
     model: str | None = None
     dtype: str = "float32"
     representation: str = "auto"
     storage_dtype: str | None = None
+    context_at_index: str = "none"
 
     def load(self, persist_dir: Path | None, **options: Any) -> HCacheLLM:
         """The LLM with its states in `persist_dir`, or with no store yet.
 
+        With fidelity="exact", documents are read after the preamble alone.
+
         Raises:
             ModelNotFoundError, UnsupportedModelError, StoreOpenError: see there.
         """
+        is_exact = options.get("fidelity") == "exact"
         return HCacheLLM(
             self.model,
             dtype=self.dtype,
             representation=self.representation,
             storage_dtype=self.storage_dtype,
+            context_at_index="none" if is_exact else self.context_at_index,  # type: ignore[arg-type]
             store=persist_dir / STATES if persist_dir is not None else None,
             **options,
         )
@@ -94,6 +100,14 @@ class ModelChoice:
 def has_index(persist_dir: Path) -> bool:
     """Whether a folder holds an index that was finished."""
     return (persist_dir / _MODEL).is_file()
+
+
+def context_of(persist_dir: Path) -> str:
+    """What the documents of an index are read after; "none" where there is no index."""
+    try:
+        return ModelChoice.of(persist_dir).context_at_index
+    except SourceError:
+        return "none"
 
 
 def documents_of(contents: FolderContents) -> list[Document]:

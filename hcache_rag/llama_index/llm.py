@@ -66,8 +66,11 @@ class HCacheLLM(CustomLLM):
         representation: "auto", "hidden", "kv", one of the latter two per layer, or a layout.
         storage_dtype: what states are stored in, see `HCacheEngine`.
         profile: the machine, see `HCacheEngine`.
-        fidelity: how close to full prefill answers are: "exact", "high", "balanced" (the
-            default), "fast", "none", or the share of relocated tokens that is repaired.
+        fidelity: how close to full prefill answers are: "exact", "high", "balanced", "fast",
+            "none", or the share of relocated tokens that is repaired. "auto", the default, is what
+            `hcache-rag fidelity --write` has put into the store, or else "balanced".
+        context_at_index: what documents are read after besides the preamble: "none", or
+            "documents": those before them in the same call, which needs less repair later.
         tokenization: "segmented", or "strict" for token ids equal to transformers'.
         is_chat_model: whether prompts go through the tokenizer's chat template; by default
             whether it has one.
@@ -100,7 +103,8 @@ class HCacheLLM(CustomLLM):
     temperature: float = Field(default=0.0, description="0 decodes greedily.", ge=0)
     is_chat_model: bool = Field(default=True, description="Whether a chat template is applied.")
     tokenization: str = Field(default="segmented", description="'segmented' or 'strict'.")
-    fidelity: str | float = Field(default="balanced", description="The dial, or a share.")
+    fidelity: str | float = Field(default="auto", description="The dial, or a share.")
+    context_at_index: str = Field(default="none", description="'none' or 'documents'.")
     generate_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="More arguments for transformers' generate."
     )
@@ -138,7 +142,8 @@ class HCacheLLM(CustomLLM):
         representation: str | Sequence[str] | StateLayout = "auto",
         storage_dtype: str | None = None,
         profile: HardwareProfile | Literal["auto"] | None = "auto",
-        fidelity: Fidelity = "balanced",
+        fidelity: Fidelity = "auto",
+        context_at_index: Literal["none", "documents"] = "none",
         tokenization: Tokenization = "segmented",
         is_chat_model: bool | None = None,
         text_qa_template: BasePromptTemplate | None = None,
@@ -173,6 +178,7 @@ class HCacheLLM(CustomLLM):
             temperature=temperature,
             is_chat_model=is_chat_model,
             fidelity=fidelity,
+            context_at_index=context_at_index,
             tokenization=tokenization,
             generate_kwargs=generate_kwargs or {},
             max_concurrency=max_concurrency,
@@ -271,13 +277,19 @@ class HCacheLLM(CustomLLM):
     @property
     def preamble(self) -> str:
         """The text in front of the documents in the prompts of the question-answering template."""
-        template = self._template or DEFAULT_TEXT_QA_PROMPT_SEL
-        arguments = {"context_str": _MARK, "query_str": "?"}
-        if self.is_chat_model:
-            text = self._prompt_of(self._get_messages(template, **arguments))
-        else:
-            text = self._get_prompt(template, **arguments)
+        text = self._templated(_MARK, "?")
         return text.partition(_MARK)[0] if _MARK in text else ""
+
+    def qa_prompt(self, documents: Sequence[str], question: str) -> str:
+        """The prompt that a query engine makes of a question and the documents found for it."""
+        return self._templated("\n\n".join(text.strip() for text in documents), question)
+
+    def _templated(self, context: str, question: str) -> str:
+        template = self._template or DEFAULT_TEXT_QA_PROMPT_SEL
+        arguments = {"context_str": context, "query_str": question}
+        if self.is_chat_model:
+            return self._prompt_of(self._get_messages(template, **arguments))
+        return self._get_prompt(template, **arguments)
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
@@ -390,6 +402,7 @@ class HCacheLLM(CustomLLM):
             profile=self._profile,
             fidelity=self.fidelity,  # type: ignore[arg-type]
             keep_recurring=self.keep_recurring,
+            context_at_index=self.context_at_index,  # type: ignore[arg-type]
             tokenization=self.tokenization,  # type: ignore[arg-type]
             reference_mode=self._reference_mode,
             name=self.model_name,

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -58,23 +58,47 @@ GC_AT_ONCE = 64
 
 @dataclass(frozen=True, slots=True)
 class StoredModel:
-    """A model that has stored states: its name, what they keep, and why that was chosen."""
+    """A model that has stored states: its name, what they keep, and why that was chosen.
+
+    `fidelity`: the position of the dial, or the share, that `StateStore.set_fidelity` was given.
+    """
 
     name: str
     layout: str = ""
     reason: str = ""
+    fidelity: str | float | None = None
+
+    def to_bytes(self) -> bytes:
+        """JSON; without a fidelity it is what releases before `set_fidelity` write and read."""
+        fields = {k: v for k, v in asdict(self).items() if v is not None}
+        return json.dumps(fields).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> StoredModel:
-        """What `StateStore.name_model` wrote; a damaged entry is a model without a name."""
+        """What `to_bytes` gave; a damaged entry is a model without a name."""
         try:
-            model = cls(**read_json(data))
+            found: dict[str, Any] = dict(read_json(data))
         except (ValueError, TypeError):
             return UNKNOWN
-        return model if all(isinstance(v, str) for v in asdict(model).values()) else UNKNOWN
+        texts: tuple[Any, Any, Any] = (
+            found.get("name"),
+            found.get("layout", ""),
+            found.get("reason", ""),
+        )
+        fidelity = found.get("fidelity")
+        if not all(isinstance(text, str) for text in texts) or not _is_fidelity(fidelity):
+            return UNKNOWN
+        return cls(*texts, fidelity)
 
 
 UNKNOWN = StoredModel("an unknown model")
+
+
+def _is_fidelity(value: object) -> bool:
+    """A name, a share from 0 to 1, or None."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return 0 <= value <= 1
+    return value is None or isinstance(value, str)
 
 
 class StateStore:
@@ -479,11 +503,31 @@ class StateStore:
 
     def name_model(self, root: StateKey, name: str, layout: str = "", reason: str = "") -> None:
         """Remember what a person calls the model behind `root`, what its states keep, and why."""
-        model = StoredModel(name, layout, reason)
-        if self.models().get(root) == model or self.read_only:
+        known = self.models().get(root, UNKNOWN)
+        if (known.name, known.layout, known.reason) == (name, layout, reason) or self.read_only:
             return
+        self._change_model(root, name=name, layout=layout, reason=reason)
+
+    def set_fidelity(self, root: StateKey, fidelity: str | float | None) -> None:
+        """Remember what `HCacheEngine(fidelity="auto")` is to use for the model behind `root`.
+
+        Args:
+            fidelity: a position of the dial, or a share from 0 to 1; None forgets it.
+
+        Raises:
+            ValueError: neither.
+            StoreError: the store is open for reading only.
+        """
+        if not _is_fidelity(fidelity):
+            raise ValueError(f"fidelity is a name or a share from 0 to 1, not {fidelity!r}")
+        self._change_model(root, fidelity=fidelity)
+
+    def _change_model(self, root: StateKey, **fields: str | float | None) -> None:
         with self._writing() as txn:
-            txn.put("models", self._rows.prefix + root, json.dumps(asdict(model)).encode())
+            data = txn.get("models", self._rows.prefix + root)
+            known = UNKNOWN if data is None else StoredModel.from_bytes(bytes(data))
+            changed = replace(known, **fields)  # type: ignore[arg-type]
+            txn.put("models", self._rows.prefix + root, changed.to_bytes())
 
     def models(self) -> dict[StateKey, StoredModel]:
         """The models that have stored states here, by root key."""

@@ -23,6 +23,7 @@ class StoreStats:
         max_bytes: the store's limit.
         models: documents by model.
         layouts: what the states of each model keep, and why.
+        fidelities: what was measured to be enough for each model, see `StateStore.set_fidelity`.
         bytes_per_token: of the states of each model.
         hits, misses: documents of prompts that had a usable state, and that had none.
         evictions, evicted_bytes: states that had to go.
@@ -41,6 +42,7 @@ class StoreStats:
     max_bytes: int | None
     models: dict[str, int]
     layouts: dict[str, str]
+    fidelities: dict[str, str | float]
     bytes_per_token: dict[str, float]
     hits: int
     misses: int
@@ -83,6 +85,7 @@ def stats_of(store: StateStore) -> StoreStats:
         max_bytes=store.max_bytes,
         models={name: count for name, count in documents.items() if count},
         layouts={m.name: f"{m.layout}; {m.reason}" for m in known.values() if m.layout},
+        fidelities={m.name: m.fidelity for m in known.values() if m.fidelity is not None},
         bytes_per_token={n: num_bytes[n] / count for n, count in tokens.items() if count},
         hits=counters.hits,
         misses=counters.misses,
