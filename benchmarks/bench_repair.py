@@ -91,7 +91,9 @@ def measured(
         found = {**first_tokens(engines, prompt), **passes(engines["none"], prompt)}
         for name, seconds in found.items() if number >= 0 else ():
             samples[name].append(seconds)
-    rows = [{"passages": count, "what": name, **summary(its)} for name, its in samples.items()]
+    rows: list[dict[str, Any]] = [
+        {"passages": count, "what": name, **summary(its)} for name, its in samples.items()
+    ]
     print(f"{count} passages, {engines['none'].count_tokens(prompts[0]):,} prompt tokens; ms")
     for row in rows:
         full = f"{ratio_of_pairs(samples['full'], samples[row['what']]):6.2f}x sooner"

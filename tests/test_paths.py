@@ -32,7 +32,7 @@ PATIENCE_S = 60.0
 SHAPE = SHAPES[2]
 PRINTABLE = {
     "suppress_tokens": [
-        n for n in range(VOCABULARY) if not TOKENIZER.decode([n]).isalpha() and n != 257
+        n for n in range(VOCABULARY) if not str(TOKENIZER.decode([n])).isalpha() and n != 257
     ]
 }
 """A random model says any byte; letters can be said by text."""
@@ -58,7 +58,8 @@ def engine_on(store: StateStore, shape: Shape = SHAPE, **options: Any) -> HCache
 
 def asked(engine: HCacheEngine, prompt: str, **options: Any) -> Generation:
     """An answer that is remembered, when it has been stored."""
-    answer = engine.generate(prompt, **{"options": GREEDY, "remember": True} | options)
+    its: dict[str, Any] = {"options": GREEDY, "remember": True}
+    answer = engine.generate(prompt, **its | options)
     engine.flush()
     return answer
 
