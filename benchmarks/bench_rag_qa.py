@@ -138,6 +138,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="keeps each record's results, to go on later")
     parser.add_argument("--figure", type=Path, help="quality against tokens, as PNG")
     options = parser.parse_args()
+    if options.quick and options.read == WAYS:
+        options.read = [way for way in WAYS if way not in ("top", "high")]
     if not options.data.is_file():
         raise SystemExit(f"{options.data} is no file; see --data")
     return options
