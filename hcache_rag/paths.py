@@ -25,14 +25,12 @@ from hcache_rag.models import CapturedLayer, ModelAdapter
 from hcache_rag.profile import ModelCosts
 from hcache_rag.prompt import Tokenizer
 from hcache_rag.state import StateKey, StateRecord, TokenIds, child_key, token_array
-from hcache_rag.store import NewState, StateStore, StoreReader
+from hcache_rag.store import PATHS, NewState, StateStore, StoreReader
 from hcache_rag.texts import longest_match
 from hcache_rag.values import state_values
 
 logger = logging.getLogger("hcache_rag")
 
-PURPOSE = "paths"
-"""What the namespace of paths is for."""
 MAX_BYTES = 1 << 30
 """That paths take on disk, if nothing else is said; those that save least time go first."""
 MIN_TOKENS = 16
@@ -120,8 +118,8 @@ class Paths:
         with self._lock:
             if self._store is None and self._max_bytes:
                 with suppress(StoreError):  # then nothing is found
-                    if self._documents.has_beside(PURPOSE):
-                        self._store = self._documents.beside(PURPOSE)
+                    if self._documents.has_beside(PATHS):
+                        self._store = self._documents.beside(PATHS)
             return self._store
 
     def walk(self, prompt: str, *, add_bos: bool) -> list[Step]:
@@ -217,7 +215,7 @@ class Paths:
     def _made(self) -> StateStore:
         with self._lock:
             if self._store is None:
-                self._store = self._documents.beside(PURPOSE, namespace_max_bytes=self._max_bytes)
+                self._store = self._documents.beside(PATHS, namespace_max_bytes=self._max_bytes)
             return self._store
 
     def close(self) -> None:

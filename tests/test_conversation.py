@@ -17,10 +17,11 @@ from llama_index.core.chat_engine import SimpleChatEngine
 from llama_index.core.memory import ChatMemoryBuffer
 from tiny import SHAPES, tiny_model
 
+from hcache_rag import StateStore
 from hcache_rag.errors import PromptTooLongError, SourceError
 from hcache_rag.llama_index import HCacheLLM
 from hcache_rag.llama_index.conversation import CHATS, Conversation
-from hcache_rag.paths import PURPOSE
+from hcache_rag.store import PATHS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,7 +83,7 @@ def test_which_conversations_are_kept(
     ):
         llm.chat(messages)
         llm.engine.flush()
-        assert llm.engine.store.has_beside(PURPOSE) is expected
+        assert llm.engine.store.has_beside(PATHS) is expected
 
 
 def test_what_is_no_memory_is_refused(new_llm: Callable[..., HCacheLLM]) -> None:
@@ -243,3 +244,33 @@ def test_chat_refuses_what_it_cannot_do(
     assert_usage_error(run("chat", *its, "--fidelity", "2"), "share")
     typed("Hello.\n")
     assert_one_error_line(run("chat", "--store", tmp_path / "s", "--model", "nowhere"), "nowhere")
+
+
+def test_conversations_are_counted_and_verified(
+    run: Run, typed: Callable[[str], None], model: str, tmp_path: Path
+) -> None:
+    """By `stats` and `verify`, apart from documents; damaged ones are dropped by a repair."""
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "one.txt").write_text(PASSAGES[0])
+    store = tmp_path / "store"
+    run("index", folder, "--store", store, "--model", model)
+    assert "states of conversations" not in run("stats", "--store", store).out
+    typed("What of Mars?\nAnd now?\n")
+    run("chat", "--store", store, "--max-new-tokens", "4")
+    counted = json.loads(run("stats", "--store", store, "--json").out)
+    assert (counted["documents"], counted["paths"]) == (1, 2)
+    assert counted["path_bytes"] > 0
+    outcome = run("verify", "--store", store)
+    assert (outcome.code, "2 states of conversations" in outcome.out) == (0, True)
+    with StateStore.open(store / "states") as states, states.beside(PATHS) as paths:
+        key = next(paths.records()).key
+        with paths._writing() as txn:
+            (row, *_) = paths._rows.chunk_keys(txn, key)
+            txn.put("chunks", row, b"damaged")
+    outcome = run("verify", "--store", store)
+    assert outcome.code == 1
+    assert "1 of these; --repair drops them" in outcome.out
+    assert json.loads(run("verify", "--store", store, "--json").out)["conversations"]["damaged"]
+    assert run("verify", "--store", store, "--repair").code == 0
+    assert "1 states of conversations" in run("verify", "--store", store).out

@@ -21,9 +21,10 @@ from hcache_rag.cache import RestoringCache
 from hcache_rag.errors import StoreError
 from hcache_rag.generation import GenerationOptions
 from hcache_rag.keeper import MAX_WAITING, RECURS, Keeper, Opening
-from hcache_rag.paths import PURPOSE, Paths, Snapshot, captured_layers
+from hcache_rag.paths import Paths, Snapshot, captured_layers
 from hcache_rag.provenance import Generation
 from hcache_rag.state import token_array
+from hcache_rag.store import PATHS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,9 +83,9 @@ def facts(answer: Generation) -> tuple[int, int, int]:
 
 def paths_of(store: StateStore) -> list[int]:
     """The lengths of all states of paths."""
-    if not store.has_beside(PURPOSE):
+    if not store.has_beside(PATHS):
         return []
-    with store.beside(PURPOSE) as paths:
+    with store.beside(PATHS) as paths:
         return sorted(record.num_tokens for record in paths.records())
 
 
@@ -295,7 +296,7 @@ def test_lossy_states_make_approximate_paths(store: StateStore) -> None:
     engine = engine_on(store, preamble=PREAMBLE, storage_dtype="int8", representation="kv")
     engine.precompute(DOCUMENTS[:1])
     asked(engine, ASKED)
-    with store.beside(PURPOSE) as paths:
+    with store.beside(PATHS) as paths:
         assert [record.is_approximate for record in paths.records()] == [True]
 
 
@@ -359,8 +360,8 @@ def test_paths_are_seen_in_their_namespace_only(tmp_path: Path) -> None:
         assert one.stats().documents == 0
         assert [facts(answer)[1] for answer in talk(engine_on(other), 1)] == [0]
         one.delete_namespace("default")
-        assert not one.has_beside(PURPOSE)
-        assert other.has_beside(PURPOSE)
+        assert not one.has_beside(PATHS)
+        assert other.has_beside(PATHS)
         assert facts(talk(engine_on(one), 1)[0])[1] == 0
 
 
@@ -382,7 +383,7 @@ def test_paths_take_no_more_than_they_may(store: StateStore) -> None:
     engine = engine_on(store, paths_max_bytes=limit)
     for number in range(40):
         asked(engine, f"user: number {number} {'of many ' * 8}<|im_end|>assistant: ")
-    with store.beside(PURPOSE) as paths:
+    with store.beside(PATHS) as paths:
         assert 0 < sum(its.num_bytes for its in paths.totals().values()) <= limit
         assert paths.counters().evictions
 
@@ -399,7 +400,7 @@ def test_what_is_larger_than_all_paths_may_be_is_not_kept(
 def test_a_damaged_state_is_read_afresh_and_dropped(store: StateStore) -> None:
     engine = engine_on(store)
     expected = talk(engine)
-    with store.beside(PURPOSE) as paths:
+    with store.beside(PATHS) as paths:
         first = min(paths.records(), key=lambda record: record.created_s)
         with paths._writing() as txn:
             (row, *_) = paths._rows.chunk_keys(txn, first.key)

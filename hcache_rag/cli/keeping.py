@@ -25,6 +25,9 @@ from hcache_rag.cli.console import (
 from hcache_rag.errors import DamagedStoreError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hcache_rag.store import StateStore
     from hcache_rag.store.verify import VerifyReport
 
 
@@ -64,6 +67,8 @@ def stats(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> No
         table.add_row("oldest state", f"{_age(found.oldest_s)} old")
     if found.idle_s is not None:
         table.add_row("last used", f"{_age(found.idle_s)} ago")
+    if found.paths:
+        table.add_row("states of conversations", f"{found.paths:,}, {size(found.path_bytes)}")
     if len(found.namespaces) > 1:
         table.add_row("namespaces", Text(", ".join(found.namespaces)))
     out.print(table)
@@ -79,6 +84,7 @@ def verify(
 ) -> None:
     """Read and check everything that is stored; exit code 1 if something is damaged."""
     from hcache_rag.llama_index.folder import open_states, read_again, salvage_states
+    from hcache_rag.store import PATHS
 
     salvaged = None
     try:
@@ -92,19 +98,25 @@ def verify(
         opened = open_states(store, read_only=False)
     with opened as states:
         with bar("checking states", not as_json) as on_progress:
-            report = states.verify(on_progress)
-        if repair and not report.is_whole:
-            states.repair(report)
+            report = _checked(states, repair, on_progress)
+        conversations = None
+        if states.has_beside(PATHS):
+            with states.beside(PATHS) as paths:
+                conversations = _checked(paths, repair)
     texts = [d.text for d in report.damaged if d.text and not d.is_preamble]
     again = 0
     if repair and (report.damaged or salvaged is not None):
         with quiet_transformers():
             again = read_again(store.expanduser(), texts if salvaged is None else None)
     if as_json:
-        print_json(_as_json(report, again))
+        its = {"conversations": _as_json(conversations, 0)} if conversations is not None else {}
+        print_json({**_as_json(report, again), **its})
     else:
         _print_report(report, repair, again)
-    if not report.is_whole and not repair:
+        if conversations is not None:
+            _print_conversations(conversations, repair)
+    is_whole = report.is_whole and (conversations is None or conversations.is_whole)
+    if not is_whole and not repair:
         raise typer.Exit(1)
 
 
@@ -132,6 +144,23 @@ def gc(
     if done.refused is not None:
         say(err, "not compacted:", "red", f" {done.refused}")
         raise typer.Exit(1)
+
+
+def _checked(
+    states: StateStore, repair: bool, on_progress: Callable[[int, int], None] | None = None
+) -> VerifyReport:
+    """What is damaged in a namespace, which is repaired if that was asked for."""
+    report = states.verify(on_progress)
+    if repair and not report.is_whole:
+        states.repair(report)
+    return report
+
+
+def _print_conversations(report: VerifyReport, is_repaired: bool) -> None:
+    out.print(f"{report.states:,} states of conversations were checked")
+    if not report.is_whole:
+        what = "dropped" if is_repaired else "--repair drops them"
+        say(out, "damaged: ", "red", f"{len(report.damaged) or 'some'} of these; {what}")
 
 
 def _as_json(report: VerifyReport, again: int) -> dict[str, Any]:

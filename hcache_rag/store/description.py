@@ -29,6 +29,9 @@ _STORE, _TAKEN = b"store", b"namespaces"
 _COPY, _COPY_OF = b"store copy", b"namespace copy "
 """Rows of `meta` that hold again what nothing could be found without."""
 
+PATHS = "paths"
+"""What the namespace of exact paths is for, see `hcache_rag.paths`."""
+
 BELONGS = "\x1f"
 """Between a namespace's name and what another one is for that belongs to it; in no other name."""
 

@@ -6,7 +6,9 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from hcache_rag.store.description import legible
+from hcache_rag.state import StateKey
+from hcache_rag.store.description import PATHS, legible
+from hcache_rag.store.tables import Totals
 
 if TYPE_CHECKING:
     from hcache_rag.store.states import StateStore
@@ -31,6 +33,8 @@ class StoreStats:
         oldest_s: age of the oldest state in seconds; 0 where there is none.
         idle_s: seconds since any state was restored; None where none ever was.
         namespaces: all of the store.
+        paths, path_bytes: states of exact paths that belong to this namespace, see
+            `hcache_rag.paths`.
     """
 
     documents: int
@@ -52,6 +56,8 @@ class StoreStats:
     oldest_s: float
     idle_s: float | None
     namespaces: list[str] = field(default_factory=list)
+    paths: int = 0
+    path_bytes: int = 0
 
     @property
     def free_bytes(self) -> int:
@@ -71,6 +77,10 @@ def stats_of(store: StateStore) -> StoreStats:
         documents[name] = documents.get(name, 0) + sums.documents
         num_bytes[name] = num_bytes.get(name, 0) + sums.num_bytes
         tokens[name] = tokens.get(name, 0) + sums.num_tokens
+    paths: dict[StateKey, Totals] = {}
+    if store.has_beside(PATHS):
+        with store.beside(PATHS) as conversations:
+            paths = conversations.totals()
     now = time.time()
     created, used = now, 0.0
     for _, entry in store.entries():
@@ -95,4 +105,6 @@ def stats_of(store: StateStore) -> StoreStats:
         oldest_s=now - created,
         idle_s=now - used if used else None,
         namespaces=[legible(name) for name in store.all_namespaces()],
+        paths=sum(sums.documents for sums in paths.values()),
+        path_bytes=sum(sums.num_bytes for sums in paths.values()),
     )
