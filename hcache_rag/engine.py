@@ -72,7 +72,7 @@ class _Request:
     started: float
     seconds: dict[str, float]
     warnings: list[str]
-    remember: bool
+    remember: Keeper | None
 
 
 class HCacheEngine:
@@ -319,10 +319,11 @@ class HCacheEngine:
         options = options or GenerationOptions()
         cancelled = cancelled or threading.Event()
         resolved = self._resolve(prompt, add_bos)
+        keeper = self._keeper if remember and self.paths.is_on else None
         seconds = {"match": time.perf_counter() - started}
         warnings: list[str] = []
         request = _Request(
-            resolved, options, on_text, cancelled, started, seconds, warnings, remember
+            resolved, options, on_text, cancelled, started, seconds, warnings, keeper
         )
         while True:
             composing = time.perf_counter()
@@ -444,9 +445,9 @@ class HCacheEngine:
 
     def _shelf(self, pieces: Sequence[ResolvedPiece]) -> Readable:
         """Where the states of some pieces are read from."""
-        keys = {p.record.key for p in pieces if p.is_path and p.record is not None}
+        records = [p.record for p in pieces if p.is_path and p.record is not None]
         paths = self.paths.store
-        return Shelf(self.store, paths, keys) if keys and paths is not None else self.store
+        return Shelf(self.store, paths, records) if records and paths is not None else self.store
 
     def _usable(self, piece: ResolvedPiece) -> ResolvedPiece:
         """The piece, without states that cannot be used as the engine is set."""
@@ -526,8 +527,8 @@ class HCacheEngine:
                     emit,
                     cancelled,
                 )
-                if request.remember and self.paths.is_on and reason != "cancelled":
-                    self._remember(request.resolved, cache, text, token_ids)
+                if request.remember is not None and reason != "cancelled":
+                    self._remember(request.remember, request.resolved, cache, text, token_ids)
             except Cancelled:
                 text, token_ids, reason = "", (), "cancelled"
         timeline = execution.timeline
@@ -551,18 +552,26 @@ class HCacheEngine:
 
     def _remember(
         self,
+        keeper: Keeper,
         resolved: Resolved,
         cache: RestoringCache,
         answer: str,
         answer_ids: Sequence[int],
     ) -> None:
-        """Keep what was read and said behind the path that the prompt begins with."""
+        """Keep what was read and said behind the path that the prompt begins with.
+
+        Args:
+            keeper: of the model as it was when the prompt was looked at: what has changed since is
+                not kept.
+        """
+        if keeper is not self._keeper or self.adapter.is_changed:
+            return
         parent, first, chars = resolved.path_end(self.root)
         its_ids = cache.composition.token_ids
         fed = answer_ids[: cache.num_filled - len(its_ids)]
         count, spoken = said(self._tokens, answer, fed)
         token_ids = np.concatenate((its_ids[first:], token_array(fed[:count])))
-        if not count or len(token_ids) < MIN_TOKENS or self._keeper is None:
+        if not count or len(token_ids) < MIN_TOKENS:
             return
         text = resolved.prompt[chars:] + spoken
         snapshot = Snapshot(
@@ -573,7 +582,7 @@ class HCacheEngine:
             *cache.copied(first, len(token_ids)),
             is_approximate=not self._is_exact(cache.composition),
         )
-        self._keeper.keep(snapshot, resolved.prompt)
+        keeper.keep(snapshot, resolved.prompt)
 
     def _is_exact(self, composition: Composition) -> bool:
         """Whether what is restored is what the model would have computed, but for rounding."""

@@ -186,8 +186,8 @@ def recommend(reports: Sequence[PositionReport], tolerance_nats: float) -> tuple
     for report in others:
         if report.kl_first.high <= tolerance_nats:
             return report.position, (
-                f"the cheapest position whose KL from full prefill at the first token is at most "
-                f"{tolerance_nats:g} nats in the mean: {in_words(report.kl_first)}"
+                f"the cheapest position whose mean KL from full prefill at the first token is "
+                f"surely at most {tolerance_nats:g} nats: {in_words(report.kl_first)}"
             )
     most = f"; {others[-1].position} has {in_words(others[-1].kl_first)}" if others else ""
     return "exact", (

@@ -99,7 +99,8 @@ class TextAssembler:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
         self._tokenizer: Any = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream: DecodeStream | None = DecodeStream(skip_special_tokens=True)
+        self._tokens: list[int] = []
         self._stop = [s for s in stop if s]
         self._text = ""
         self._emitted = 0
@@ -109,13 +110,25 @@ class TextAssembler:
         """The text that this token completes and that no stop string can still take back."""
         if self.stopped:
             return ""
-        self._text += self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+        self._tokens.append(token)
+        self._text += self._step(token)
         cuts = [at for at in (self._text.find(s, self._emitted) for s in self._stop) if at >= 0]
         if cuts:
             self._text = self._text[: min(cuts)]
             self.stopped = True
             return self._emit(len(self._text))
         return self._emit(len(self._text) - self._held_back())
+
+    def _step(self, token: int) -> str:
+        """The text that a token completes."""
+        if self._stream is not None:
+            try:
+                return self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+            except Exception:  # bytes that are no character: it can go on no more
+                self._stream = None
+        whole = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+        whole = whole.rstrip("\ufffd")  # perhaps the beginning of one
+        return whole[len(self._text) :] if whole.startswith(self._text) else ""
 
     def finish(self, whole: str) -> str:
         """What was held back, given the whole text: a stop string's beginning, half a character."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from hcache_rag.forks import ForkedLock
 from hcache_rag.models import ModelAdapter
 from hcache_rag.openmp import lent_threads
 from hcache_rag.paths import MIN_TOKENS, Paths, Snapshot, Step
@@ -26,6 +26,8 @@ logger = logging.getLogger("hcache_rag")
 
 MAX_WAITING = 4
 """So many states may wait to be written; what comes then is not kept."""
+WAIT_S = 2.0
+"""So long a prompt waits for what it goes on from; then it is read: others may be writing."""
 MAX_COUNTED = 4096
 """So many rows of documents are counted, those seen last."""
 RECURS = 3
@@ -60,7 +62,7 @@ class Keeper:
         self._start()
 
     def _start(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = ForkedLock()
         self._pid = os.getpid()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hcache-paths")
         self._waiting: dict[Future[Any], str] = {}
@@ -70,7 +72,7 @@ class Keeper:
         self._forget_in_a_fork()
         with self._lock:
             its = [f for f, text in self._waiting.items() if prompt.startswith(text)]
-        wait(its)
+        wait(its, WAIT_S)
         return self._paths.walk(prompt, add_bos=add_bos)
 
     def keep(self, snapshot: Snapshot, prompt: str) -> bool:
@@ -146,6 +148,7 @@ class Keeper:
 
     def close(self) -> None:
         """Write what is waiting, and end."""
+        self._forget_in_a_fork()
         with self._lock:
             self._is_closed = True
         self.flush()

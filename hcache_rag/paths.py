@@ -9,7 +9,6 @@ theirs.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor
 
 from hcache_kernels import reference
-from hcache_rag.errors import HCacheError, StoreError
+from hcache_rag.errors import HCacheError, MissingStateError, StoreError
+from hcache_rag.forks import ForkedLock
 from hcache_rag.layout import LayerFormat, Representation, StateLayout
 from hcache_rag.models import CapturedLayer, ModelAdapter
 from hcache_rag.profile import ModelCosts
@@ -105,7 +105,8 @@ class Paths:
         fmt = LayerFormat(Representation.KV, spec.dtype)
         self.layout = StateLayout.of(spec, [fmt] * spec.num_layers)
         self._store: StateStore | None = None
-        self._lock = threading.Lock()
+        self._lock = ForkedLock()
+        self._is_limited = self._is_closed = False
 
     @property
     def is_on(self) -> bool:
@@ -115,12 +116,23 @@ class Paths:
     @property
     def store(self) -> StateStore | None:
         """Where paths are kept; None where none was kept yet."""
+        if self._store is None and self.is_on and not self._is_closed:
+            with suppress(StoreError):  # then nothing is found
+                if self._documents.has_beside(PATHS):
+                    return self._opened(self._documents.beside(PATHS))
+        return self._store
+
+    def _opened(self, store: StateStore) -> StateStore:
+        """The store that is used from now on; another one may have been opened meanwhile."""
         with self._lock:
-            if self._store is None and self._max_bytes:
-                with suppress(StoreError):  # then nothing is found
-                    if self._documents.has_beside(PATHS):
-                        self._store = self._documents.beside(PATHS)
-            return self._store
+            if self._store is None and not self._is_closed:
+                self._store = store
+                return store
+            its = self._store
+        store.close()
+        if its is None:
+            raise StoreError(f"the store {self._documents.path} is closed")
+        return its
 
     def walk(self, prompt: str, *, add_bos: bool) -> list[Step]:
         """The longest path that a prompt begins with."""
@@ -156,6 +168,8 @@ class Paths:
                 continue
             if chars == len(text):
                 return Step(record, record.num_tokens, chars)
+            if not self._tokenizer.is_literal:
+                continue
             tokens = self._tokenizer.tokens_within(record.token_ids, rest[:chars])
             if tokens:
                 its = self._tokenizer.text(record.token_ids[:tokens].tolist())
@@ -191,6 +205,7 @@ class Paths:
             self._made().put_all([NewState(record, values, saved_s)])
         except HCacheError as error:
             logger.warning("a conversation's state is not kept: %s", error)
+            self._forget_deleted()
             return None
         return record
 
@@ -213,41 +228,63 @@ class Paths:
             store.count_use(used)
 
     def _made(self) -> StateStore:
+        """Where paths are kept, from now on with the limit that was asked for."""
+        store = self._store
+        if store is None or not self._is_limited:
+            limited = self._documents.beside(PATHS, namespace_max_bytes=self._max_bytes)
+            store = self._opened(limited)
+            self._is_limited = True
+        return store
+
+    def _forget_deleted(self) -> None:
+        """Where somebody has deleted the namespace, let the next path make it anew."""
+        with suppress(StoreError):
+            if not self._documents.has_beside(PATHS):
+                self._take_store()
+
+    def _take_store(self) -> None:
         with self._lock:
-            if self._store is None:
-                self._store = self._documents.beside(PATHS, namespace_max_bytes=self._max_bytes)
-            return self._store
+            store, self._store, self._is_limited = self._store, None, False
+        if store is not None:
+            store.close()
 
     def close(self) -> None:
-        """Close the paths' namespace."""
-        with self._lock:
-            if self._store is not None:
-                self._store.close()
-                self._store = None
+        """Close the paths' namespace; nothing is found or kept any more."""
+        self._is_closed = True
+        self._take_store()
 
 
 class Shelf:
     """Documents and paths to be read from together, see `hcache_rag.executor.Readable`.
 
     Args:
-        keys: of the states that are paths'.
+        records: of the states that are paths'.
     """
 
     def __init__(
-        self, documents: StateStore, paths: StateStore, keys: Collection[StateKey]
+        self, documents: StateStore, paths: StateStore, records: Iterable[StateRecord]
     ) -> None:
         self._documents = documents
         self._paths = paths
-        self._keys = keys
+        self._records = list(records)
+        self._keys = {record.key for record in self._records}
 
     @contextmanager
     def reading(self, keys: Collection[StateKey] = ()) -> Iterator[_Either]:
-        """A view of both."""
+        """A view of both.
+
+        Raises:
+            MissingStateError: another state has taken the place of a path's.
+        """
         others = [key for key in keys if key not in self._keys]
         with (
             self._documents.reading(others) as documents,
             self._paths.reading(self._keys) as paths,
         ):
+            for record in self._records:
+                found = paths.record(record.key)
+                if found is None or found.to_bytes() != record.to_bytes():
+                    raise MissingStateError(record.key, "another state has taken its place")
             yield _Either(documents, paths, self._keys)
 
 

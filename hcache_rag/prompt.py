@@ -6,7 +6,6 @@ neither models nor tensors.
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from hcache_rag.forks import ForkedLock
 from hcache_rag.state import TokenIds, common_prefix, token_array
 from hcache_rag.texts import Match
 
@@ -56,7 +56,7 @@ class Tokenizer:
             raise ValueError(f"tokenization is 'segmented' or 'strict', not {tokenization!r}")
         self.tokenization = tokenization
         self._tokenizer: Any = tokenizer
-        self._lock = threading.Lock()
+        self._lock = ForkedLock()
         first = tokenizer.convert_ids_to_tokens(self._encode("a")[0])
         # SentencePiece tokenizers begin an isolated text with a space that is not in it.
         self._adds_space = bool(first) and first[0].startswith("▁")
@@ -64,6 +64,11 @@ class Tokenizer:
         self._bos = with_special[: len(with_special) - len(first)]
         if self._bos + self._encode("a")[0] != with_special:
             self._bos = []
+
+    @property
+    def is_literal(self) -> bool:
+        """Whether tokens say the same text wherever they stand."""
+        return not self._adds_space
 
     def document(self, text: str) -> TokenIds:
         """The token ids of a document, shape (T,); control tokens in it stay text."""

@@ -239,7 +239,7 @@ def test_chat_refuses_what_it_cannot_do(
 ) -> None:
     its = ("--store", tmp_path / "store", "--model", model)
     typed("too long " * 2000)
-    assert_one_error_line(run("chat", *its), "begin anew with --new")
+    assert_one_error_line(run("chat", *its, "--json"), "window")
     assert_usage_error(run("chat", *its, "--name", "../x"), "no file name")
     assert_usage_error(run("chat", *its, "--fidelity", "2"), "share")
     typed("Hello.\n")

@@ -127,7 +127,7 @@ def test_a_person_reads_tables_and_a_sentence(run: Run, store: Path) -> None:
     assert flat.startswith("3 prompts of ")
     for word in ("none", "fast", "balanced", "high", "0.5", "exact", "ROUGE-L", "layer 0"):
         assert word in flat
-    assert "recommended: none, the cheapest position whose KL from full prefill" in flat
+    assert "recommended: none, the cheapest position whose mean KL from full prefill" in flat
     assert "note: 3 prompts give rough intervals" in " ".join(outcome.err.split())
     assert "…" not in outcome.out
 

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hcache_rag import HCacheEngine, StateStore
 from hcache_rag.cache import RestoringCache
-from hcache_rag.errors import StoreError
+from hcache_rag.errors import MissingStateError, StoreError
 from hcache_rag.generation import GenerationOptions
 from hcache_rag.keeper import MAX_WAITING, RECURS, Keeper, Opening
 from hcache_rag.paths import Paths, Snapshot, captured_layers
@@ -428,6 +429,72 @@ def test_another_model_goes_along_nothing(store: StateStore) -> None:
     model = tiny_model(SHAPE, seed=1)
     engine = HCacheEngine(model, TOKENIZER, store, add_bos=False, fidelity="none")
     assert [facts(answer)[1] for answer in talk(engine, 1)] == [0]
+
+
+def test_what_a_changed_model_said_is_not_kept(store: StateStore) -> None:
+    """Its K and V are no model's, also where the weights are put back."""
+    model = tiny_model(SHAPE)
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    before = weight.detach().clone()
+    engine = HCacheEngine(model, TOKENIZER, store, add_bos=False, fidelity="exact")
+
+    def write(_text: str) -> None:
+        with torch.no_grad():
+            weight.mul_(2)
+
+    answer = asked(engine, f"user: {SAID[0]}<|im_end|>assistant: ", on_text=write)
+    with torch.no_grad():
+        weight.copy_(before)
+    assert answer.text
+    assert paths_of(store) == []
+
+
+def test_a_limit_holds_for_paths_that_are_there(tmp_path: Path) -> None:
+    with StateStore.open(tmp_path) as store:
+        talk(engine_on(store), 1)
+    limit = 1 << 20
+    with StateStore.open(tmp_path) as store:
+        engine = engine_on(store, paths_max_bytes=limit)
+        for number in range(30):
+            asked(engine, f"user: number {number} {'of many ' * 8}<|im_end|>assistant: ")
+        with store.beside(PATHS) as paths:
+            assert sum(its.num_bytes for its in paths.totals().values()) <= limit
+
+
+def test_what_is_deleted_can_be_deleted_again(tmp_path: Path) -> None:
+    """What is said afterwards is found under the same name, though nothing else is there."""
+    with StateStore.open(tmp_path, namespace="admin") as admin:
+        with StateStore.open(tmp_path, namespace="one") as store:
+            engine = engine_on(store)
+            talk(engine, 1)
+            assert admin.delete_namespace("one")
+            talk(engine, 1)  # refused, since the namespace is gone: the next one is made anew
+            talk(engine, 2)
+            engine.close()
+        assert "one" in admin.namespaces()
+        assert admin.delete_namespace("one")
+        assert admin.namespaces() == ["admin"]
+        assert not admin.delete_namespace("one")
+
+
+def test_a_state_that_another_one_has_replaced_is_not_read(store: StateStore) -> None:
+    engine = engine_on(store)
+    answers = talk(engine, 1)
+    prompt = f"user: {SAID[0]}<|im_end|>assistant: {answers[0].text}<|im_end|>user: x"
+    resolved = engine._resolve(prompt, None)
+    assert resolved.pieces[0].is_path
+    with store.beside(PATHS) as paths:
+        (record,) = paths.records()
+        with paths.reading() as reader:
+            values = [
+                (layer, 0, bytearray(reader.value(record.key, layer, 0)))
+                for layer in range(SHAPE.layers)
+            ]
+        paths.put(replace(record, is_approximate=True, created_s=1.0), values)
+    shelf = engine._shelf(resolved.pieces)
+    with pytest.raises(MissingStateError, match="taken its place"), shelf.reading():
+        pass
+    assert engine.generate(prompt, options=GREEDY).text
 
 
 # --- the keeper -----------------------------------------------------------------------------------

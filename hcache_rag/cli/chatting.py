@@ -54,7 +54,8 @@ def chat(
 ) -> None:
     """Talk with a model that restores what was said before, also when it is started again.
 
-    Reads a message from each line; an empty line, or the end of the input, ends it.
+    Reads a message from each line; an empty line, the end of the input or Ctrl-C ends it. An answer
+    that is interrupted is forgotten.
     """
     dial = dial_position(fidelity)
     if not name or name.startswith(".") or Path(name).name != name:
@@ -82,6 +83,8 @@ def chat(
         if new:
             path.unlink(missing_ok=True)
         conversation = Conversation(llm, path, retriever=retriever, system=system)
+        if not is_index and not as_json:
+            say(err, f"{folder} holds no index: there are no passages to talk about", "dim", "")
         if conversation.num_turns and not as_json:
             say(err, f"{name}: going on after {conversation.num_turns} turn(s)", "dim", "")
         for line in _lines(not as_json):
@@ -90,7 +93,8 @@ def chat(
                     line, None if as_json else lambda text: out.out(text, end="", highlight=False)
                 )
             except PromptTooLongError as error:
-                raise SourceError(f"{error}; begin anew with --new") from error
+                advice = "; begin anew with --new" if conversation.num_turns else ""
+                raise SourceError(f"{error}{advice}") from error
             if as_json:
                 print_json(asdict(turn))
                 continue
@@ -112,8 +116,11 @@ def _lines(show: bool) -> Iterator[str]:
     while True:
         try:
             line = input("> ") if is_person else sys.stdin.readline()
+            line.encode()
         except EOFError:
             return
+        except UnicodeError as error:
+            raise SourceError(f"the input is no text: {error}") from error
         if not line.strip():
             return
         yield line.strip()

@@ -12,7 +12,13 @@ from weakref import WeakSet
 from hcache_rag.errors import StoreError, StoreMovedError
 from hcache_rag.store.backend import Backend, Transaction
 from hcache_rag.store.cipher import Cipher
-from hcache_rag.store.description import describe, ensure_namespace, legible, put_namespace
+from hcache_rag.store.description import (
+    BELONGS,
+    describe,
+    ensure_namespace,
+    legible,
+    put_namespace,
+)
 from hcache_rag.store.process import LOCK
 from hcache_rag.store.rows import NamespaceRows
 from hcache_rag.store.tables import Namespace, namespace_prefix, small_from_bytes
@@ -176,8 +182,14 @@ class Session:
         self.backend.sync()
 
     def make_namespace(self, txn: Transaction) -> None:
-        """Make the namespace as it was, where somebody has deleted it meanwhile."""
+        """Make the namespace as it was, where somebody has deleted it meanwhile.
+
+        Raises:
+            StoreError: it belonged to another one, and was deleted with it.
+        """
         if txn.get("namespaces", self._name) is None:
+            if BELONGS in self.namespace:
+                raise StoreError(f"namespace {legible(self.namespace)!r} was deleted")
             put_namespace(txn, self.namespace, self._its)
 
     def look_at_limit(self) -> None:

@@ -599,8 +599,8 @@ class StateStore:
         return stats_of(self)
 
     def namespaces(self) -> list[str]:
-        """The names of all namespaces but those that belong to another one."""
-        return [name for name in self.all_namespaces() if BELONGS not in name]
+        """The names of all namespaces; those that belong to another one are that one."""
+        return sorted({name.partition(BELONGS)[0] for name in self.all_namespaces()})
 
     def all_namespaces(self) -> list[str]:
         """The names of all namespaces; those that belong to another one begin with its name."""
@@ -615,14 +615,12 @@ class StateStore:
         """
         with self._writing() as txn:
             prefixes = namespaces_in(txn)
-            if name not in prefixes:
-                return False
-            for each, prefix in prefixes.items():
-                if belongs(each, name):
-                    NamespaceRows(prefix).clear(txn)
-                    if each != self.namespace:
-                        drop_namespace(txn, each)
-            return True
+            its = [each for each in prefixes if belongs(each, name)]
+            for each in its:
+                NamespaceRows(prefixes[each]).clear(txn)
+                if each != self.namespace:
+                    drop_namespace(txn, each)
+            return bool(its)
 
     # The end.
 
@@ -656,6 +654,10 @@ class StoreReader:
     def __init__(self, txn: Transaction, rows: NamespaceRows) -> None:
         self._txn = txn
         self._rows = rows
+
+    def record(self, key: StateKey) -> StateRecord | None:
+        """The record of a state; None where there is none that can be read."""
+        return self._rows.record(self._txn, key)
 
     def value(self, key: StateKey, layer: int, chunk: int) -> memoryview:
         """The stored value of one chunk, straight from the map where it is not encrypted.
