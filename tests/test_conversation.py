@@ -170,6 +170,21 @@ def test_a_file_that_holds_no_conversation_is_one_error(
         Conversation(new_llm(), path)
 
 
+def test_two_that_go_on_from_one_file_do_not_lose_each_other(
+    new_llm: Callable[..., HCacheLLM], tmp_path: Path
+) -> None:
+    """Who comes second is told."""
+    path = tmp_path / "chat.json"
+    one, two = Conversation(new_llm(), path), Conversation(new_llm(), path)
+    one.say("Hello.")
+    before = path.read_text()
+    with pytest.raises(SourceError, match="goes on elsewhere"):
+        two.say("Good morning.")
+    assert path.read_text() == before
+    one.say("And now?")
+    assert Conversation(new_llm(), path).num_turns == 2
+
+
 def test_a_file_that_cannot_be_written_is_one_error(
     new_llm: Callable[..., HCacheLLM], tmp_path: Path
 ) -> None:
@@ -211,6 +226,15 @@ def test_chat_goes_on_after_a_restart(
     [anew] = map(json.loads, run("chat", *its, "--new").out.splitlines())
     assert anew["provenance"]["prompt_tokens"] < third["provenance"]["prompt_tokens"]
     assert [path.name for path in (tmp_path / "store" / CHATS).iterdir()] == ["default.json"]
+
+
+def test_a_folder_of_conversations_only_is_looked_after(
+    run: Run, typed: Callable[[str], None], model: str, tmp_path: Path
+) -> None:
+    typed("Hello, how are you today?\n")
+    run("chat", "--store", tmp_path / "store", "--model", model, "--max-new-tokens", "4")
+    assert json.loads(run("stats", "--store", tmp_path / "store", "--json").out)["paths"] == 1
+    assert "1 states of conversations" in run("verify", "--store", tmp_path / "store").out
 
 
 def test_chat_over_an_index_reads_its_passages(

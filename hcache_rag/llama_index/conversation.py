@@ -66,7 +66,8 @@ class Conversation:
         self._llm = llm
         self._path = path
         self._retriever = retriever
-        found = _read(path) if path is not None and path.exists() else None
+        self._held = path.read_bytes() if path is not None and path.is_file() else None
+        found = _parsed(path, self._held) if path is not None and self._held is not None else None
         first = [ChatMessage(role=MessageRole.SYSTEM, content=system)] if system else []
         self.messages: list[ChatMessage] = found if found is not None else first
 
@@ -99,7 +100,7 @@ class Conversation:
         answer = response.message.content or ""
         self.messages = [*messages, ChatMessage(role=MessageRole.ASSISTANT, content=answer)]
         if self._path is not None:
-            _write(self._path, self.messages)
+            self._held = _write(self._path, self.messages, self._held)
         its = response.additional_kwargs["hcache"]
         return Turn(answer, tuple(sources), first_text_s, its)
 
@@ -116,29 +117,38 @@ class Conversation:
         return list(found), list(dict.fromkeys(found.values()))
 
 
-def _read(path: Path) -> list[ChatMessage]:
+def _parsed(path: Path, data: bytes) -> list[ChatMessage]:
     try:
-        rows = json.loads(path.read_text())
+        rows = json.loads(data)
         if not isinstance(rows, list):
             raise ValueError("not a list of messages")
         return [ChatMessage(role=MessageRole(r["role"]), content=str(r["content"])) for r in rows]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise SourceError(f"{path} holds no conversation: {error}") from error
 
 
-def _write(path: Path, messages: Sequence[ChatMessage]) -> None:
+def _write(path: Path, messages: Sequence[ChatMessage], held: bytes | None) -> bytes:
     """Replace the file at once; only its user can read it.
 
+    Args:
+        held: what it held when it was last looked at, None where there was none.
+
+    Returns:
+        What it holds now.
+
     Raises:
-        SourceError: that does not go.
+        SourceError: that does not go, or it holds something else by now.
     """
     rows = [{"role": m.role.value, "content": m.content or ""} for m in messages]
     beside = path.with_name(f"{path.name}.{os.getpid()}")
     try:
+        if (path.read_bytes() if path.is_file() else None) != held:
+            raise SourceError(f"{path} goes on elsewhere: this turn is not kept")
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        data = json.dumps(rows, indent=1).encode()
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(rows, file, indent=1)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(descriptor)
         beside.replace(path)
@@ -146,3 +156,4 @@ def _write(path: Path, messages: Sequence[ChatMessage]) -> None:
         with suppress(OSError):
             beside.unlink()
         raise SourceError(f"{path} cannot be written: {error.strerror}") from error
+    return data

@@ -291,11 +291,13 @@ def open_states(persist_dir: str | os.PathLike[str], *, read_only: bool = True) 
     """The state store of a persisted folder.
 
     Raises:
-        SourceError: there is no index in the folder.
+        SourceError: there are neither states nor an index in the folder.
         StoreOpenError: its states cannot be opened.
     """
-    read_manifest(Path(persist_dir).expanduser())
-    return StateStore.open(Path(persist_dir).expanduser() / STATES, read_only=read_only)
+    folder = Path(persist_dir).expanduser()
+    if not (folder / STATES / "data.mdb").is_file():
+        read_manifest(folder)
+    return StateStore.open(folder / STATES, read_only=read_only)
 
 
 def salvage_states(persist_dir: Path) -> Salvaged:
