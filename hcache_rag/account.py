@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from hcache_rag.catalogue import ResolvedPiece
 from hcache_rag.compose import Composition
 from hcache_rag.plan import RestorePlan
 from hcache_rag.provenance import Provenance
+from hcache_rag.resolved import ResolvedPiece
 from hcache_rag.timeline import COMPUTING, READING, Timeline
 
 

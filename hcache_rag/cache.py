@@ -128,13 +128,16 @@ class RestoringCache(Cache):
         """
         if first + tokens > self.num_filled:
             raise ValueError(f"{first + tokens} tokens are not in a cache of {self.num_filled}")
-        decoded = torch.arange(len(self.position_of_slot), self.num_filled)
-        slots = torch.cat((self._slot_of_position, decoded))
-        index = slots[first : first + tokens].to(self.adapter.device)
+        index = self._slots(self.num_filled)[first : first + tokens]
         return (
             self.buffers.keys[:, 0].index_select(2, index),
             self.buffers.values[:, 0].index_select(2, index),
         )
+
+    def _slots(self, filled: int) -> Tensor:
+        """The slots of `filled` tokens in the order of positions, those decoded at the end."""
+        decoded = torch.arange(len(self.position_of_slot), filled)
+        return torch.cat((self._slot_of_position, decoded)).to(self.adapter.device)
 
     @property
     def num_filled(self) -> int:
@@ -143,9 +146,7 @@ class RestoringCache(Cache):
 
     def by_position(self, layer: int) -> tuple[Tensor, Tensor]:
         """K and V of a layer in the order of positions, (1, G, n, D) each; copies."""
-        filled = self.restoring_layers[layer].get_seq_length()
-        decoded = torch.arange(len(self.position_of_slot), filled)
-        index = torch.cat((self._slot_of_position, decoded)).to(self.adapter.device)
+        index = self._slots(self.restoring_layers[layer].get_seq_length())
         return (
             self.buffers.keys[layer].index_select(2, index),
             self.buffers.values[layer].index_select(2, index),

@@ -4,86 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hcache_rag.compose import paths_before
 from hcache_rag.errors import StoreError
-from hcache_rag.keeper import Opening
 from hcache_rag.paths import Step
 from hcache_rag.prompt import Tokenizer
-from hcache_rag.state import StateKey, StateRecord, TokenIds, token_array
+from hcache_rag.resolved import Resolved, ResolvedPiece
+from hcache_rag.state import StateKey, StateRecord, TokenIds
 from hcache_rag.store import StateStore
 from hcache_rag.texts import Match, TextSet, find_texts
 
 logger = logging.getLogger("hcache_rag")
 
 NOT_STORED = "no stored state"
-
-NO_TOKENS = token_array([])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ResolvedPiece:
-    """A stretch of the prompt with the state it can be restored from.
-
-    Args:
-        token_ids: shape (T,).
-        document: the known text whose first tokens these are; None for a gap.
-        record: the state; None where the tokens must be read afresh.
-        miss: why a known document has none.
-        others: states of the same tokens after other paths.
-        is_path: the state is one of the path that the prompt begins with.
-    """
-
-    token_ids: TokenIds
-    document: str | None
-    record: StateRecord | None
-    miss: str | None = None
-    others: tuple[StateRecord, ...] = ()
-    is_path: bool = False
-
-
-@dataclass(slots=True)
-class Resolved:
-    """A prompt in pieces.
-
-    Args:
-        prompt: its text.
-        first: that of the tokens that were put in front of it.
-        pieces: one behind another.
-        walked: the path that it was found to begin with.
-        documents_end: characters up to the end of its last document; 0 where it has none behind
-            the path.
-    """
-
-    prompt: str
-    first: str
-    pieces: list[ResolvedPiece]
-    walked: tuple[Step, ...]
-    documents_end: int
-
-    @property
-    def opening(self) -> Opening | None:
-        """Its beginning up to the end of its last document, if it has documents."""
-        last = max((n for n, p in enumerate(self.pieces) if p.document is not None), default=None)
-        if last is None:
-            return None
-        token_ids = np.concatenate([piece.token_ids for piece in self.pieces[: last + 1]])
-        return Opening(token_ids, self.first + self.prompt[: self.documents_end])
-
-    def path_end(self, root: StateKey) -> tuple[StateKey, int, int]:
-        """The last state of its path that it has all tokens of, or `root`; tokens and characters up
-        to there.
-        """
-        key, tokens, chars = root, 0, 0
-        for step, piece in zip(self.walked, self.pieces, strict=False):
-            if piece.record is not step.record or len(piece.token_ids) < step.record.num_tokens:
-                break
-            key, tokens = step.record.key, tokens + step.num_tokens
-            chars += step.num_chars
-        return key, tokens, chars
 
 
 class Catalogue:
@@ -139,7 +73,6 @@ class Catalogue:
         """
         known_chars = sum(step.num_chars for step in walked)
         matches = self._matches(prompt, known_chars)
-        path = np.concatenate([s.record.token_ids[: s.num_tokens] for s in walked] or [NO_TOKENS])
         known = {match.text: self._known(match.text) for match in matches}
 
         def stored(text: str) -> TokenIds | None:
@@ -151,7 +84,7 @@ class Catalogue:
             matches,
             add_bos=add_bos,
             stored=stored,
-            known=(path, known_chars) if walked else None,
+            known=(_tokens_of(walked), known_chars) if walked else None,
         )
         resolved = list[ResolvedPiece]()
         for piece in pieces:
@@ -162,9 +95,8 @@ class Catalogue:
             else:
                 its = known[piece.document]
                 resolved.append(self._resolve(piece.token_ids, piece.document, *its))
-        first = self._tokenizer.first(prompt, add_bos=add_bos)
         end = matches[-1].end if matches else 0
-        return Resolved(prompt, first, resolved, tuple(walked), end)
+        return Resolved(prompt, add_bos, resolved, tuple(walked), end)
 
     def _matches(self, prompt: str, start: int) -> list[Match]:
         rest = prompt[start:]
@@ -204,6 +136,10 @@ class Catalogue:
         return ResolvedPiece(token_ids, document, None, "stored token ids differ from the prompt's")
 
 
+def _tokens_of(steps: Sequence[Step]) -> TokenIds:
+    return np.concatenate([step.record.token_ids[: step.num_tokens] for step in steps])
+
+
 def _walked(token_ids: TokenIds, steps: Sequence[Step]) -> Iterator[ResolvedPiece]:
     """The tokens that a prompt has in common with a path, as pieces."""
     left = len(token_ids)
@@ -212,14 +148,3 @@ def _walked(token_ids: TokenIds, steps: Sequence[Step]) -> Iterator[ResolvedPiec
         if tokens:
             yield ResolvedPiece(step.record.token_ids[:tokens], None, step.record, is_path=True)
         left -= tokens
-
-
-def exact_ones(pieces: Sequence[ResolvedPiece], root: StateKey) -> list[ResolvedPiece]:
-    """The pieces, with a state that was computed after all that stands before, if there is one."""
-    paths = paths_before([(piece.token_ids, piece.record) for piece in pieces], root)
-    without = len(pieces) - len(paths)
-    found = list(pieces[:without])
-    for path, piece in zip(paths, pieces[without:], strict=True):
-        exact = next((record for record in piece.others if record.parent == path), None)
-        found.append(piece if exact is None else replace(piece, record=exact, others=()))
-    return found

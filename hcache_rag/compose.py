@@ -28,6 +28,10 @@ class RestoredSpan:
     position: int
     is_exact: bool
 
+    def is_in_full(self, dtype: str) -> bool:
+        """Whether it is what a model of this dtype would compute here, but for rounding."""
+        return self.is_exact and self.record.is_in_full(dtype)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Composition:

@@ -11,13 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hcache_rag.account import misses, provenance_of
 from hcache_rag.buffers import BufferPool
 from hcache_rag.cache import RestoringCache
-from hcache_rag.catalogue import Catalogue, Resolved, ResolvedPiece, exact_ones
+from hcache_rag.catalogue import Catalogue
 from hcache_rag.choice import (
     LEAST_TIME,
     LayoutChoice,
@@ -43,15 +42,16 @@ from hcache_rag.layout import StateLayout
 from hcache_rag.measure import find_profile
 from hcache_rag.models import ModelAdapter
 from hcache_rag.openmp import give_back_threads, lent_threads
-from hcache_rag.paths import MAX_BYTES, MIN_TOKENS, Paths, Shelf, Snapshot, said
+from hcache_rag.paths import MAX_BYTES, Paths, Shelf
 from hcache_rag.planner import Planner
 from hcache_rag.prefixes import Prefixes
 from hcache_rag.profile import HardwareProfile
 from hcache_rag.prompt import Tokenization, Tokenizer
 from hcache_rag.provenance import Generation, Provenance
 from hcache_rag.repair import begin_repair, recommended, repair_share
+from hcache_rag.resolved import Resolved, ResolvedPiece, exact_ones
 from hcache_rag.sequences import PendingState
-from hcache_rag.state import StateRecord, TokenIds, root_key, token_array
+from hcache_rag.state import StateRecord, TokenIds, root_key
 from hcache_rag.store import StateStore
 from hcache_rag.streaming import GenerationStream
 from hcache_rag.texts import TextSet
@@ -72,7 +72,7 @@ class _Request:
     started: float
     seconds: dict[str, float]
     warnings: list[str]
-    remember: Keeper | None
+    keeper: Keeper | None
 
 
 class HCacheEngine:
@@ -177,12 +177,11 @@ class HCacheEngine:
         self._announced = TextSet()
         self._warned: set[str] = set()
         self._rebinding = threading.Lock()
-        self._keeper: Keeper | None = None
         try:
             self._bind()
             self._warn_if_foreign()
         except BaseException:
-            self.close()
+            self._close_store()
             raise
         give_back_threads()  # the model has been loaded here; requests may come from elsewhere
 
@@ -199,8 +198,6 @@ class HCacheEngine:
             self.store, self._tokens, self.root, self._parent, self._announced
         )
         costs = self._profile.costs_of(self.adapter.spec) if self._profile is not None else None
-        if self._keeper is not None:
-            self._keeper.close()
         self.paths = Paths(
             self.adapter,
             self.store,
@@ -210,7 +207,9 @@ class HCacheEngine:
             is_usable=lambda record: self._why_not(record) is None,
             costs=costs,
         )
-        self._keeper = Keeper(self.adapter, self.paths, self.root, recurring=self._keep_recurring)
+        self._keeper = Keeper(
+            self.adapter, self.paths, self._tokens, self.root, recurring=self._keep_recurring
+        )
         self._indexer = Indexer(
             self.adapter,
             self.store,
@@ -234,6 +233,7 @@ class HCacheEngine:
             with self._rebinding:
                 if self.adapter.is_changed:
                     self.adapter = ModelAdapter(self.adapter.model, self.adapter.spec.name)
+                    self._keeper.close()
                     self._bind()
 
     @lent_threads()
@@ -391,13 +391,14 @@ class HCacheEngine:
 
     def flush(self) -> None:
         """Wait until everything that is to be remembered is stored."""
-        if self._keeper is not None:
-            self._keeper.flush()
+        self._keeper.flush()
 
     def close(self) -> None:
         """Write what is to be remembered; close the store, if the engine opened it."""
-        if self._keeper is not None:
-            self._keeper.close()
+        self._keeper.close()
+        self._close_store()
+
+    def _close_store(self) -> None:
         if self._owns_store:
             self.store.close()
 
@@ -438,7 +439,7 @@ class HCacheEngine:
     def _resolve(self, prompt: str, add_bos: bool | None) -> Resolved:
         self._follow_model()
         bos = self.add_bos if add_bos is None else add_bos
-        walked = self._keeper.walk(prompt, add_bos=bos) if self._keeper is not None else []
+        walked = self._keeper.walk(prompt, add_bos=bos)
         found = self._catalogue.resolve(prompt, add_bos=bos, walked=walked)
         found.pieces = exact_ones([self._usable(piece) for piece in found.pieces], self.root)
         return found
@@ -527,8 +528,9 @@ class HCacheEngine:
                     emit,
                     cancelled,
                 )
-                if request.remember is not None and reason != "cancelled":
-                    self._remember(request.remember, request.resolved, cache, text, token_ids)
+                # The keeper of the model as it was: what has changed since is not kept.
+                if request.keeper is self._keeper and reason != "cancelled":
+                    request.keeper.remember(request.resolved, cache, text, token_ids)
             except Cancelled:
                 text, token_ids, reason = "", (), "cancelled"
         timeline = execution.timeline
@@ -546,58 +548,9 @@ class HCacheEngine:
         )
         self._count_use(pieces)
         if self.paths.is_on and composition.num_restored > composition.num_exact:
-            self._count_opening(request.resolved)
+            self._keeper.count(request.resolved)
         self._warn_of(pieces)
         return Generation(text, token_ids, reason, provenance, timeline)
-
-    def _remember(
-        self,
-        keeper: Keeper,
-        resolved: Resolved,
-        cache: RestoringCache,
-        answer: str,
-        answer_ids: Sequence[int],
-    ) -> None:
-        """Keep what was read and said behind the path that the prompt begins with.
-
-        Args:
-            keeper: of the model as it was when the prompt was looked at: what has changed since is
-                not kept.
-        """
-        if keeper is not self._keeper or self.adapter.is_changed:
-            return
-        parent, first, chars = resolved.path_end(self.root)
-        its_ids = cache.composition.token_ids
-        fed = answer_ids[: cache.num_filled - len(its_ids)]
-        count, spoken = said(self._tokens, answer, fed)
-        token_ids = np.concatenate((its_ids[first:], token_array(fed[:count])))
-        if not count or len(token_ids) < MIN_TOKENS:
-            return
-        text = resolved.prompt[chars:] + spoken
-        snapshot = Snapshot(
-            parent,
-            token_ids,
-            resolved.first + text if parent == self.root else text,
-            first,
-            *cache.copied(first, len(token_ids)),
-            is_approximate=not self._is_exact(cache.composition),
-        )
-        keeper.keep(snapshot, resolved.prompt)
-
-    def _is_exact(self, composition: Composition) -> bool:
-        """Whether what is restored is what the model would have computed, but for rounding."""
-        dtype = self.adapter.spec.dtype
-        return all(
-            span.is_exact
-            and span.record.layout.is_lossless(dtype)
-            and not span.record.is_approximate
-            for span in composition.spans
-        )
-
-    def _count_opening(self, resolved: Resolved) -> None:
-        opening = resolved.opening
-        if opening is not None and self._keeper is not None:
-            self._keeper.count(opening)
 
     def _count_use(self, pieces: Sequence[ResolvedPiece]) -> None:
         documents = [piece for piece in pieces if piece.document is not None]

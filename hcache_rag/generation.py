@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
 from hcache_rag.state import TokenIds
+from hcache_rag.texts import common_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +95,48 @@ class _TokenStreamer(BaseStreamer):
         pass
 
 
+class _Detokenizer:
+    """The text that each token completes.
+
+    Where bytes are no character, what was said of them may change with the tokens that follow;
+    `DecodeStream` ends there. From then on the whole is decoded each time.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer: Any = tokenizer
+        self._stream: DecodeStream | None = DecodeStream(skip_special_tokens=True)
+        self._tokens: list[int] = []
+        self._said = ""
+
+    def step(self, token: int) -> str:
+        """The text of one more token; empty in the middle of a character."""
+        self._tokens.append(token)
+        if self._stream is not None:
+            try:
+                return self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+            except Exception:  # tokenizers raises nothing narrower
+                self._stream = None
+                self._said = self._whole(self._tokens[:-1])
+        whole = self._whole(self._tokens)
+        return "" if whole.endswith("\ufffd") else self.rest(whole)
+
+    def rest(self, whole: str) -> str:
+        """What a text of all tokens goes on with behind what was said, if the stream has ended."""
+        if self._stream is not None:
+            return ""
+        more = whole[common_length(self._said, whole) :]
+        self._said = whole
+        return more
+
+    def _whole(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
 class TextAssembler:
     """Token ids to text, piece by piece, ending before the first stop string."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
-        self._tokenizer: Any = tokenizer
-        self._stream: DecodeStream | None = DecodeStream(skip_special_tokens=True)
-        self._tokens: list[int] = []
+        self._tokens = _Detokenizer(tokenizer)
         self._stop = [s for s in stop if s]
         self._text = ""
         self._emitted = 0
@@ -110,8 +146,7 @@ class TextAssembler:
         """The text that this token completes and that no stop string can still take back."""
         if self.stopped:
             return ""
-        self._tokens.append(token)
-        self._text += self._step(token)
+        self._text += self._tokens.step(token)
         cuts = [at for at in (self._text.find(s, self._emitted) for s in self._stop) if at >= 0]
         if cuts:
             self._text = self._text[: min(cuts)]
@@ -119,21 +154,12 @@ class TextAssembler:
             return self._emit(len(self._text))
         return self._emit(len(self._text) - self._held_back())
 
-    def _step(self, token: int) -> str:
-        """The text that a token completes."""
-        if self._stream is not None:
-            try:
-                return self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
-            except Exception:  # bytes that are no character: it can go on no more
-                self._stream = None
-        whole = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
-        whole = whole.rstrip("\ufffd")  # perhaps the beginning of one
-        return whole[len(self._text) :] if whole.startswith(self._text) else ""
-
     def finish(self, whole: str) -> str:
         """What was held back, given the whole text: a stop string's beginning, half a character."""
         if not self.stopped and whole.startswith(self.text):
             self._text = whole
+        elif not self.stopped:
+            self._text += self._tokens.rest(whole)
         return self._emit(len(self._text))
 
     @property

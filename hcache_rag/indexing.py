@@ -308,7 +308,7 @@ def store_batch(
 
 def _saved_s(adapter: ModelAdapter, costs: ModelCosts | None, record: StateRecord) -> float | None:
     """What reading a document again would take, where that is known."""
-    return costs.layer(record.num_tokens) * adapter.spec.num_layers if costs else None
+    return costs.read_s(record.num_tokens, adapter.spec.num_layers) if costs else None
 
 
 def _put(store: StateStore, new: Sequence[NewState]) -> int:

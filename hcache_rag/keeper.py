@@ -9,18 +9,21 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from hcache_rag.cache import RestoringCache
 from hcache_rag.forks import ForkedLock
 from hcache_rag.models import ModelAdapter
 from hcache_rag.openmp import lent_threads
-from hcache_rag.paths import MIN_TOKENS, Paths, Snapshot, Step
-from hcache_rag.state import StateKey, TokenIds, child_key
+from hcache_rag.paths import MIN_TOKENS, Paths, Snapshot, Step, said
+from hcache_rag.prompt import Tokenizer
+from hcache_rag.resolved import Resolved
+from hcache_rag.state import StateKey, TokenIds, child_key, token_array
 
 logger = logging.getLogger("hcache_rag")
 
@@ -34,43 +37,41 @@ RECURS = 3
 """A row of documents that is seen so often is kept as a path."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Opening:
-    """A prompt's beginning up to the end of its last document, which other prompts may share."""
-
-    token_ids: TokenIds
-    text: str
-
-
 class Keeper:
     """Writes the paths of one model, one after another. Thread-safe.
 
     Args:
-        root: of the state tree.
-        is_kept: rows of documents that recur are kept.
+        recurring: rows of documents that recur are kept.
     """
 
     def __init__(
-        self, adapter: ModelAdapter, paths: Paths, root: StateKey, *, recurring: bool = True
+        self,
+        adapter: ModelAdapter,
+        paths: Paths,
+        tokenizer: Tokenizer,
+        root: StateKey,
+        *,
+        recurring: bool = True,
     ) -> None:
         self._adapter = adapter
         self._paths = paths
+        self._tokenizer = tokenizer
         self._root = root
         self._recurring = recurring
         self._is_closed = False
         self._counts: OrderedDict[StateKey, int] = OrderedDict()
+        self._lock = ForkedLock()
         self._start()
 
     def _start(self) -> None:
-        self._lock = ForkedLock()
         self._pid = os.getpid()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hcache-paths")
         self._waiting: dict[Future[Any], str] = {}
 
     def walk(self, prompt: str, *, add_bos: bool) -> list[Step]:
         """See `Paths.walk`; what is being written of this prompt's beginning is waited for."""
-        self._forget_in_a_fork()
         with self._lock:
+            self._forget_in_a_fork()
             its = [f for f, text in self._waiting.items() if prompt.startswith(text)]
         wait(its, WAIT_S)
         return self._paths.walk(prompt, add_bos=add_bos)
@@ -83,43 +84,77 @@ class Keeper:
         """
         return self._later(lambda: self._paths.keep(snapshot), prompt)
 
-    def count(self, opening: Opening) -> bool:
-        """Documents were asked for in a row; whether they will be kept as a path, being common."""
-        if not self._recurring or len(opening.token_ids) < MIN_TOKENS:
+    def remember(
+        self, resolved: Resolved, cache: RestoringCache, answer: str, answer_ids: Sequence[int]
+    ) -> bool:
+        """Keep what was read and said behind the path that a prompt begins with.
+
+        Args:
+            answer, answer_ids: its text, and all tokens that were decoded.
+
+        Returns:
+            False where that is not worth a state, the model has changed, or too much is waiting.
+        """
+        if self._adapter.is_changed:
             return False
-        key = child_key(self._root, opening.token_ids)
-        self._forget_in_a_fork()
+        parent, first, chars = resolved.path_end(self._root)
+        its_ids, spans = cache.composition.token_ids, cache.composition.spans
+        fed = answer_ids[: cache.num_filled - len(its_ids)]
+        count, spoken = said(self._tokenizer, answer, fed)
+        token_ids = np.concatenate((its_ids[first:], token_array(fed[:count])))
+        if not count or len(token_ids) < MIN_TOKENS:
+            return False
+        text = resolved.prompt[chars:] + spoken
+        if parent == self._root:
+            text = self._tokenizer.first(resolved.prompt, add_bos=resolved.add_bos) + text
+        dtype = self._adapter.spec.dtype
+        snapshot = Snapshot(
+            parent,
+            token_ids,
+            text,
+            first,
+            *cache.copied(first, len(token_ids)),
+            is_approximate=not all(span.is_in_full(dtype) for span in spans),
+        )
+        return self.keep(snapshot, resolved.prompt)
+
+    def count(self, resolved: Resolved) -> bool:
+        """Documents were asked for in a row; whether they will be kept as a path, being common."""
+        opening = resolved.opening if self._recurring else None
+        if opening is None or len(opening) < MIN_TOKENS:
+            return False
+        key = child_key(self._root, opening)
         with self._lock:
             self._counts[key] = self._counts.pop(key, 0) + 1
             while len(self._counts) > MAX_COUNTED:
                 self._counts.popitem(last=False)
             if self._counts[key] != RECURS:
                 return False
-        return self._later(lambda: self._read(opening), opening.text)
+        first = self._tokenizer.first(resolved.prompt, add_bos=resolved.add_bos)
+        text = resolved.prompt[: resolved.documents_end]
+        return self._later(lambda: self._read(opening, first + text), text)
 
-    def _read(self, opening: Opening) -> None:
-        """Read an opening as a whole, and keep it."""
-        if self._paths.text_of(opening.token_ids) != opening.text:
+    def _read(self, token_ids: TokenIds, text: str) -> None:
+        """Read a prompt's beginning as a whole, and keep it."""
+        if self._tokenizer.text(token_ids.tolist()) != text:
             return  # it could not be found by its text
-        cache: Any = self._adapter.prefill(opening.token_ids.tolist())
+        cache: Any = self._adapter.prefill(token_ids.tolist())
         if self._adapter.is_changed:
             return  # these may be another model's
         keys = torch.cat([layer.keys for layer in cache.layers])
         values = torch.cat([layer.values for layer in cache.layers])
-        self._paths.keep(
-            Snapshot(self._root, opening.token_ids, opening.text, 0, keys, values, False)
-        )
+        self._paths.keep(Snapshot(self._root, token_ids, text, 0, keys, values, False))
 
     def _later(self, work: Callable[[], object], prompt: str) -> bool:
         def run() -> None:
             try:
                 with lent_threads():
                     work()
-            except Exception:
+            except Exception:  # no request is there to be told
                 logger.exception("a path is not kept")
 
-        self._forget_in_a_fork()
         with self._lock:
+            self._forget_in_a_fork()
             if self._is_closed:
                 return False
             if len(self._waiting) >= MAX_WAITING:
@@ -141,15 +176,15 @@ class Keeper:
 
     def flush(self) -> None:
         """Wait until everything is written."""
-        self._forget_in_a_fork()
         with self._lock:
+            self._forget_in_a_fork()
             waiting = list(self._waiting)
         wait(waiting)
 
     def close(self) -> None:
         """Write what is waiting, and end."""
-        self._forget_in_a_fork()
         with self._lock:
+            self._forget_in_a_fork()
             self._is_closed = True
         self.flush()
         self._pool.shutdown()

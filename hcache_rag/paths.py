@@ -136,6 +136,8 @@ class Paths:
 
     def walk(self, prompt: str, *, add_bos: bool) -> list[Step]:
         """The longest path that a prompt begins with."""
+        if self.store is None:
+            return []
         first = self._tokenizer.first(prompt, add_bos=add_bos)
         rest, path, steps = first + prompt, self._root, list[Step]()
         while (step := self._step(path, rest)) is not None:
@@ -176,10 +178,6 @@ class Paths:
                 return Step(record, tokens, len(its))
         return None
 
-    def text_of(self, token_ids: TokenIds) -> str:
-        """The text that some token ids are found by."""
-        return self._tokenizer.text(token_ids.tolist())
-
     def keep(self, snapshot: Snapshot) -> StateRecord | None:
         """Store what was read; None, and a line in the log, where that does not go."""
         key = child_key(snapshot.parent, snapshot.token_ids)
@@ -199,8 +197,8 @@ class Paths:
         )
         captured = captured_layers(self._adapter, snapshot)
         values = list(state_values(self._adapter, record, captured, 0))
-        costs, length = self._costs, record.num_tokens
-        saved_s = costs.layer(length) * self._adapter.spec.num_layers if costs else None
+        layers = self._adapter.spec.num_layers
+        saved_s = self._costs.read_s(record.num_tokens, layers) if self._costs else None
         try:
             self._made().put_all([NewState(record, values, saved_s)])
         except HCacheError as error:

@@ -159,6 +159,10 @@ class ModelCosts:
     layer: TokenCost
     suffix: SuffixCost
 
+    def read_s(self, tokens: int, num_layers: int) -> float:
+        """Seconds that a model of so many layers takes to read a document from scratch."""
+        return float(self.layer(tokens) * num_layers)
+
     def restore(self, fmt: LayerFormat) -> TokenCost:
         """The compute of restoring a layer that is kept as `fmt`."""
         if fmt.representation is Representation.NONE:

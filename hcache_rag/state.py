@@ -98,6 +98,10 @@ class StateRecord:
         """`T`."""
         return len(self.token_ids)
 
+    def is_in_full(self, dtype: str) -> bool:
+        """Whether a model of this dtype gets back every bit of what it would compute."""
+        return self.layout.is_lossless(dtype) and not self.is_approximate
+
     def to_bytes(self) -> bytes:
         """The record as stored: a line of JSON, then the token ids (little-endian uint32)."""
         head = {

@@ -239,7 +239,7 @@ def longest_match(view: TextView, prompt: str, at: int) -> Match | None:
     best: Match | None = None
     below, above = view.around(tail)
     for text in (below, above):
-        common = _common_length(text, tail) if text is not None else 0
+        common = common_length(text, tail) if text is not None else 0
         if text is None or common < ANCHOR_CHARS:
             continue
         is_long = common == len(text) or common >= MIN_CUT_CHARS
@@ -253,7 +253,7 @@ def longest_match(view: TextView, prompt: str, at: int) -> Match | None:
             if is_text and (best is None or len(below) >= best.end - at):
                 best = Match(at, at + len(below), below)
             break
-        common = _common_length(below, tail)
+        common = common_length(below, tail)
         if common == len(tail):
             break
         tail = tail[:common]
@@ -261,7 +261,8 @@ def longest_match(view: TextView, prompt: str, at: int) -> Match | None:
     return best
 
 
-def _common_length(a: str, b: str) -> int:
+def common_length(a: str, b: str) -> int:
+    """With how many characters both begin."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2

@@ -180,8 +180,7 @@ class Trial(Reader):
         spans = [
             np.arange(span.position, span.position + span.num_tokens)
             for span in self.composition.spans
-            if not (span.is_exact and span.record.layout.is_lossless(dtype))
-            or span.record.is_approximate
+            if not span.is_in_full(dtype)
         ]
         return np.concatenate(spans) if spans else np.empty(0, np.int64)
 

@@ -21,9 +21,10 @@ from hcache_rag import HCacheEngine, StateStore
 from hcache_rag.cache import RestoringCache
 from hcache_rag.errors import MissingStateError, StoreError
 from hcache_rag.generation import GenerationOptions
-from hcache_rag.keeper import MAX_WAITING, RECURS, Keeper, Opening
+from hcache_rag.keeper import MAX_WAITING, RECURS, Keeper
 from hcache_rag.paths import Paths, Snapshot, captured_layers
 from hcache_rag.provenance import Generation
+from hcache_rag.resolved import Resolved, ResolvedPiece
 from hcache_rag.state import token_array
 from hcache_rag.store import PATHS
 
@@ -511,7 +512,7 @@ def busy(store: StateStore) -> Iterator[tuple[Keeper, threading.Event]]:
             assert allowed.wait(PATIENCE_S)
 
     paths = Waiting(engine.adapter, store, engine._tokens, engine.root)
-    keeper = Keeper(engine.adapter, paths, engine.root)
+    keeper = Keeper(engine.adapter, paths, engine._tokens, engine.root)
     yield keeper, allowed
     allowed.set()
     keeper.close()
@@ -597,11 +598,12 @@ def test_a_fork_keeps_what_is_said_in_it(tmp_path: Path) -> None:
 
 def test_only_rows_that_can_be_found_by_their_text_are_read(store: StateStore) -> None:
     engine = engine_on(store)
-    keeper = Keeper(engine.adapter, engine.paths, engine.root)
+    keeper = Keeper(engine.adapter, engine.paths, engine._tokens, engine.root)
     ids = token_array(encode(TOKENIZER, "x" * 40, is_document=False))
     for text in ("y" * 40, "x" * 40):
+        piece = ResolvedPiece(ids, "x" * 40, None)
         for _ in range(RECURS):
-            keeper.count(Opening(ids, text))
+            keeper.count(Resolved(text, False, [piece], (), len(text)))
         keeper.flush()
         keeper._counts.clear()
         assert len(paths_of(store)) == (text[0] == "x")

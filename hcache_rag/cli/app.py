@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -26,6 +25,7 @@ from hcache_rag.cli.console import (
     one_of,
     out,
     print_json,
+    progress_of,
     quiet_transformers,
     reported,
     say,
@@ -281,15 +281,7 @@ def doctor(
 
 @contextmanager
 def _reading_bar(show: bool) -> Iterator[Callable[[int, int], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=err, disable=not (show and err.is_terminal), transient=True
-    ) as progress:
+    with progress_of(show) as progress:
         task = progress.add_task("loading the model", total=None)
         started = False
 

@@ -90,17 +90,20 @@ def status(text: str, show: bool) -> Iterator[Callable[[str], None]]:
 @contextmanager
 def bar(text: str, show: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal; call what is given with (done, all)."""
+    with progress_of(show) as progress:
+        task = progress.add_task(text, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def progress_of(show: bool) -> Progress:
+    """What bars are drawn on, if somebody looks; it is gone afterwards."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(
-        *columns, console=err, disable=not (show and err.is_terminal), transient=True
-    ) as progress:
-        task = progress.add_task(text, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    return Progress(*columns, console=err, disable=not (show and err.is_terminal), transient=True)
 
 
 def picture(path: Path) -> Path:

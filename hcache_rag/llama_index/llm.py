@@ -316,14 +316,13 @@ class HCacheLLM(CustomLLM):
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation."""
-        remember = self._remembers(messages)
-        return self._chat(self._generate(self._prompt_of(messages), False, kwargs, remember))
+        prompt, remember = self._prompt_of(messages), self._remembers(messages)
+        return self._chat(self._generate(prompt, False, kwargs, remember))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """Answer a conversation piece by piece; closing the generator stops the computation."""
-        remember = self._remembers(messages)
-        stream = self._stream(self._prompt_of(messages), False, kwargs, remember)
+        stream = self._chat_stream(messages, kwargs)
 
         def responses() -> ChatResponseGen:
             with stream:
@@ -366,17 +365,14 @@ class HCacheLLM(CustomLLM):
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """`chat` on another thread; the event loop goes on, cancelling stops it."""
-        remember = self._remembers(messages)
-        stream = self._stream(self._prompt_of(messages), False, kwargs, remember)
-        return self._chat(await _read(stream))
+        return self._chat(await _read(self._chat_stream(messages, kwargs)))
 
     @llm_chat_callback()
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **kwargs: Any
     ) -> ChatResponseAsyncGen:
         """`stream_chat` on another thread; the event loop goes on."""
-        remember = self._remembers(messages)
-        stream = self._stream(self._prompt_of(messages), False, kwargs, remember)
+        stream = self._chat_stream(messages, kwargs)
 
         async def responses() -> ChatResponseAsyncGen:
             text = ""
@@ -446,6 +442,12 @@ class HCacheLLM(CustomLLM):
             return answer
 
         return GenerationStream(run)
+
+    def _chat_stream(
+        self, messages: Sequence[ChatMessage], kwargs: dict[str, Any]
+    ) -> GenerationStream:
+        remember = self._remembers(messages)
+        return self._stream(self._prompt_of(messages), False, kwargs, remember)
 
     def _options(self, kwargs: dict[str, Any]) -> GenerationOptions:
         unknown = sorted(set(kwargs) - set(_OPTIONS))

@@ -6,12 +6,10 @@ returns is not lost; what a reader sees is whole.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -22,7 +20,8 @@ from hcache_rag.errors import (
     StoreFullError,
     StoreOpenError,
 )
-from hcache_rag.state import StateKey, StateRecord, read_json
+from hcache_rag.state import StateKey, StateRecord
+from hcache_rag.store import owners
 from hcache_rag.store.backend import Backend, Durability, Transaction
 from hcache_rag.store.cipher import Cipher, KeySource
 from hcache_rag.store.description import (
@@ -36,6 +35,7 @@ from hcache_rag.store.description import (
 from hcache_rag.store.files import folder_at
 from hcache_rag.store.lmdb_backend import LmdbBackend
 from hcache_rag.store.memory import MemoryBackend
+from hcache_rag.store.models import UNKNOWN, StoredModel, change_model, is_fidelity
 from hcache_rag.store.room import check_limits, make_room, require_fits, set_limits
 from hcache_rag.store.rows import NamespaceRows, NewState, Values
 from hcache_rag.store.salvage import Salvaged, salvage
@@ -54,51 +54,6 @@ MAX_ATTEMPTS, PAUSE_S = 6, 0.05
 
 GC_AT_ONCE = 64
 """So many states `gc` deletes in one transaction."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredModel:
-    """A model that has stored states: its name, what they keep, and why that was chosen.
-
-    `fidelity`: the position of the dial, or the share, that `StateStore.set_fidelity` was given.
-    """
-
-    name: str
-    layout: str = ""
-    reason: str = ""
-    fidelity: str | float | None = None
-
-    def to_bytes(self) -> bytes:
-        """JSON; without a fidelity it is what releases before `set_fidelity` write and read."""
-        fields = {k: v for k, v in asdict(self).items() if v is not None}
-        return json.dumps(fields).encode()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> StoredModel:
-        """What `to_bytes` gave; a damaged entry is a model without a name."""
-        try:
-            found: dict[str, Any] = dict(read_json(data))
-        except (ValueError, TypeError):
-            return UNKNOWN
-        texts: tuple[Any, Any, Any] = (
-            found.get("name"),
-            found.get("layout", ""),
-            found.get("reason", ""),
-        )
-        fidelity = found.get("fidelity")
-        if not all(isinstance(text, str) for text in texts) or not _is_fidelity(fidelity):
-            return UNKNOWN
-        return cls(*texts, fidelity)
-
-
-UNKNOWN = StoredModel("an unknown model")
-
-
-def _is_fidelity(value: object) -> bool:
-    """A name, a share from 0 to 1, or None."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return 0 <= value <= 1
-    return value is None or isinstance(value, str)
 
 
 class StateStore:
@@ -401,45 +356,25 @@ class StateStore:
             How many were deleted.
         """
         self._session.require_writable()
-        wanted = {self._rows.owner(owner): set(keys) for owner, keys in owned.items()}
+        rows = self._rows
+        wanted = {rows.owner(owner): set(keys) for owner, keys in owned.items()}
         with self._session.reading() as txn:
-            known = self._known(txn, wanted)
-        if all(known[d] >= keys if add else known[d] == keys for d, keys in wanted.items()):
-            return 0
-        with self._writing() as txn:
-            known = self._known(txn, wanted)
-            for digest, keys in wanted.items():
-                for key in keys - known[digest]:
-                    if self._rows.entry(txn, key) is not None:
-                        self._rows.own(txn, digest, key)
-            if add:
+            if owners.is_assigned(txn, rows, wanted, add=add):
                 return 0
-            gone = {digest: known[digest] - keys for digest, keys in wanted.items()}
-            return self._disown(txn, gone, delete=delete)
-
-    def _known(self, txn: Transaction, digests: Iterable[bytes]) -> dict[bytes, set[StateKey]]:
-        return {digest: set(self._rows.keys_of(txn, digest)) for digest in digests}
+        with self._writing() as txn:
+            return owners.assign(txn, self._rows, wanted, add=add, delete=delete)
 
     def keys_of(self, owner: str) -> list[StateKey]:
         """The states that belong to `owner`."""
         with self._session.reading() as txn:
             return self._rows.keys_of(txn, self._rows.owner(owner))
 
-    def delete_owner(self, *owners: str) -> int:
+    def delete_owner(self, *names: str) -> int:
         """Delete the states that belong to these owners and to nobody else; their number."""
         with self._writing() as txn:
-            digests = map(self._rows.owner, owners)
+            digests = map(self._rows.owner, names)
             gone = {digest: self._rows.keys_of(txn, digest) for digest in digests}
-            return self._disown(txn, gone, delete=True)
-
-    def _disown(
-        self, txn: Transaction, gone: Mapping[bytes, Iterable[StateKey]], *, delete: bool
-    ) -> int:
-        for owner, keys in gone.items():
-            for key in keys:
-                self._rows.disown(txn, owner, key)
-        left = {key for keys in gone.values() for key in keys} if delete else set()
-        return sum(self._rows.drop(txn, key) for key in left if not self._rows.is_owned(txn, key))
+            return owners.disown(txn, self._rows, gone, delete=True)
 
     def gc(self, keep: Collection[StateKey] | None = None) -> int:
         """Delete the states that nobody owns, or all but `keep`; preambles stay. Their number."""
@@ -518,16 +453,13 @@ class StateStore:
             ValueError: neither.
             StoreError: the store is open for reading only.
         """
-        if not _is_fidelity(fidelity):
+        if not is_fidelity(fidelity):
             raise ValueError(f"fidelity is a name or a share from 0 to 1, not {fidelity!r}")
         self._change_model(root, fidelity=fidelity)
 
     def _change_model(self, root: StateKey, **fields: str | float | None) -> None:
         with self._writing() as txn:
-            data = txn.get("models", self._rows.prefix + root)
-            known = UNKNOWN if data is None else StoredModel.from_bytes(bytes(data))
-            changed = replace(known, **fields)  # type: ignore[arg-type]
-            txn.put("models", self._rows.prefix + root, changed.to_bytes())
+            change_model(txn, self._rows.prefix + root, **fields)
 
     def models(self) -> dict[StateKey, StoredModel]:
         """The models that have stored states here, by root key."""
