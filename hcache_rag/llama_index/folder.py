@@ -327,8 +327,8 @@ class Collected:
     Args:
         deleted: states.
         freed_bytes: that they took.
-        returned_bytes: that the disk was given back; None where that was not asked for, or was
-        refused: why it was refused.
+        returned_bytes: that the disk was given back; None where that was not asked for, or refused.
+        refused: why giving it back was refused, if it was.
     """
 
     deleted: int
