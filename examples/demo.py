@@ -181,7 +181,7 @@ def representations(store: Path, model: Any, tokenizer: Any, preamble: str) -> T
             table.add_row(
                 name,
                 representation,
-                f"{width:,}",
+                f"{width:,.0f}",
                 f"{restored * 1e3:,.0f} ms",
                 f"{full * 1e3:,.0f} ms",
             )

@@ -92,6 +92,9 @@ def chat(
                 turn = conversation.say(
                     line, None if as_json else lambda text: out.out(text, end="", highlight=False)
                 )
+            except KeyboardInterrupt:
+                out.print()  # what was said of the answer stands on a line of its own
+                raise
             except PromptTooLongError as error:
                 advice = "; begin anew with --new" if conversation.num_turns else ""
                 raise SourceError(f"{error}{advice}") from error
