@@ -268,6 +268,23 @@ class StoreConformance(ABC):
         assert len(store.find(a_record(1).text)) == 1
         check_sums(store)
 
+    def test_an_approximate_state_takes_no_exact_ones_place(self, store: StateStore) -> None:
+        exact = a_record(1)
+        approximate = replace(exact, is_approximate=True)
+        for record, fill, kept, expected in (
+            (approximate, 1, approximate, 1),
+            (approximate, 2, approximate, 2),
+            (exact, 3, exact, 3),
+            (approximate, 4, exact, 3),
+            (exact, 5, exact, 5),
+        ):
+            store.put(record, values(fill))
+            found = store.record(exact.key)
+            assert found is not None
+            assert found.to_bytes() == kept.to_bytes()
+            assert stored(store, exact.key) == values(expected)
+        check_sums(store)
+
     def test_a_state_may_become_a_preamble_and_a_document_again(self, store: StateStore) -> None:
         """It is counted and found as what it is now."""
         for is_preamble in (False, True, False, True):

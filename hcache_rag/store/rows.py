@@ -169,8 +169,15 @@ class NamespaceRows:
             yield key, self._parse(key, data)
 
     def store(self, txn: Transaction, rows: StateRows) -> None:
-        """Store a state, replacing what is there under its key; its owners stay."""
+        """Store a state, replacing what is there under its key; its owners stay.
+
+        An approximate state takes no exact one's place.
+        """
         record, key = rows.record, rows.record.key
+        if record.is_approximate:
+            there = self.record(txn, key)
+            if there is not None and not there.is_approximate:
+                return
         self._remove(txn, key)
         counters = self.counters(txn)
         entry = Entry(

@@ -237,6 +237,8 @@ class StateStore:
     def put_all(self, states: Iterable[NewState]) -> int:
         """Store some states in one transaction, replacing those under the same keys.
 
+        An approximate state (see `StateRecord`) does not replace an exact one.
+
         Returns:
             The bytes of all values. When this returns, the states outlive this process, and with
             durability="fsync" the machine's power.
