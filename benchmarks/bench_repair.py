@@ -34,8 +34,9 @@ from common import (
     summary,
 )
 
-from hcache_rag import GenerationOptions, HCacheEngine
+from hcache_rag import GenerationOptions, HCacheEngine, StateStore
 from hcache_rag.bundled import default_model_path
+from hcache_rag.engine import Fidelity
 from hcache_rag.models import load_model
 from hcache_rag.repair import FIDELITY_SHARES, last_row_scores, select_tokens
 from hcache_rag.sources import read_folder
@@ -62,11 +63,13 @@ def main() -> None:
     texts = [file.text.strip() for file in read_folder(ROOT / "examples" / "solar_system").files]
     rows, targets = [], list[Target]()
     with tempfile.TemporaryDirectory() as folder:
-        first = HCacheEngine(model, tokenizer, folder, preamble=PREAMBLE, fidelity="none")
-        engines = {
-            name: HCacheEngine(model, tokenizer, first.store, preamble=PREAMBLE, fidelity=name)
-            for name in ("fast", "balanced", "high")
-        }
+
+        def engine(fidelity: Fidelity, store: StateStore | str) -> HCacheEngine:
+            its: dict[str, Any] = {"preamble": PREAMBLE, "keep_recurring": False}
+            return HCacheEngine(model, tokenizer, store, fidelity=fidelity, **its)
+
+        first = engine("none", folder)
+        engines = {name: engine(name, first.store) for name in ("fast", "balanced", "high")}
         first.precompute(texts[: max(options.passages or [10])])
         for count in options.passages or ([4] if options.quick else [4, 10]):
             prompts = [prompt_of(texts[:count], question) for question in QUESTIONS]

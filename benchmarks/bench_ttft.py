@@ -200,6 +200,7 @@ def main() -> None:
             representation=options.representation,
             storage_dtype=options.storage_dtype,
             fidelity="none",
+            keep_recurring=False,
             max_new_tokens=1,
             generate_kwargs={"logits_processor": LogitsProcessorList([stamp])},
         )
@@ -229,6 +230,7 @@ def main() -> None:
                 store=llm.engine.store,
                 representation=options.representation,
                 storage_dtype=options.storage_dtype,
+                keep_recurring=False,
                 max_new_tokens=1,
                 generate_kwargs={"logits_processor": LogitsProcessorList([stamp])},
             ),

@@ -109,7 +109,8 @@ class HCacheEngine:
         paths_max_bytes: the most that exact paths may take in the store: conversations (see
             `generate`), and rows of documents that recur. 0 keeps and uses none.
         keep_recurring: read a row of documents that was asked for three times as a whole, in the
-            background, and keep it: from then on it is exact, and answers may be other ones.
+            background, and keep it: from then on it is exact, and answers may be other ones, those
+            of full prefill.
         tokenization: "segmented" or "strict", see `hcache_rag.prompt.Tokenizer`.
         reference_mode: restore in transformers' own order of operations, slower.
         name: what a person calls the model.
@@ -134,7 +135,7 @@ class HCacheEngine:
         fidelity: Fidelity = "auto",
         context_at_index: Literal["none", "documents"] = "none",
         paths_max_bytes: int = MAX_BYTES,
-        keep_recurring: bool = False,
+        keep_recurring: bool = True,
         tokenization: Tokenization = "segmented",
         reference_mode: bool = False,
         name: str | None = None,
@@ -208,7 +209,11 @@ class HCacheEngine:
             costs=costs,
         )
         self._keeper = Keeper(
-            self.adapter, self.paths, self._tokens, self.root, recurring=self._keep_recurring
+            self.adapter,
+            self.paths,
+            self._tokens,
+            self.root,
+            recurring=self._keep_recurring and not self.store.read_only,
         )
         self._indexer = Indexer(
             self.adapter,
@@ -547,8 +552,8 @@ class HCacheEngine:
             plan=plan,
         )
         self._count_use(pieces)
-        if self.paths.is_on and composition.num_restored > composition.num_exact:
-            self._keeper.count(request.resolved)
+        if self.paths.is_on:
+            self._keeper.count(request.resolved, composition.num_exact)
         self._warn_of(pieces)
         return Generation(text, token_ids, reason, provenance, timeline)
 

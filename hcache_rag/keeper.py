@@ -118,10 +118,14 @@ class Keeper:
         )
         return self.keep(snapshot, resolved.prompt)
 
-    def count(self, resolved: Resolved) -> bool:
-        """Documents were asked for in a row; whether they will be kept as a path, being common."""
+    def count(self, resolved: Resolved, num_exact: int) -> bool:
+        """Documents were asked for in a row; whether they will be kept as a path, being common.
+
+        Args:
+            num_exact: so many of the prompt's first tokens are exact already.
+        """
         opening = resolved.opening if self._recurring else None
-        if opening is None or len(opening) < MIN_TOKENS:
+        if opening is None or len(opening) < max(MIN_TOKENS, num_exact + 1):
             return False
         key = child_key(self._root, opening)
         with self._lock:

@@ -459,7 +459,7 @@ def test_the_event_loop_goes_on_while_the_model_computes(
 def test_many_questions_at_once_get_their_own_answers(
     new_llm: Callable[..., HCacheLLM], at_once: int
 ) -> None:
-    llm = new_llm(max_concurrency=at_once)
+    llm = new_llm(max_concurrency=at_once, keep_recurring=False)
     llm.engine.precompute(TEXTS[:2])
     prompts = [f"{text} {QUESTION}" for text in TEXTS] * 3
     expected = [llm.complete(prompt).text for prompt in prompts]

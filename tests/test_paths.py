@@ -321,13 +321,15 @@ def test_new_documents_behind_a_path_are_found(store: StateStore) -> None:
 # --- rows of documents that recur -----------------------------------------------------------------
 
 
-def test_documents_that_recur_become_exact(store: StateStore) -> None:
-    engine = engine_on(store, preamble=PREAMBLE, keep_recurring=True)
+@pytest.mark.parametrize("fidelity", ["none", "exact"])
+def test_documents_that_recur_become_exact(store: StateStore, fidelity: str) -> None:
+    engine = engine_on(store, preamble=PREAMBLE, fidelity=fidelity)
     engine.precompute(DOCUMENTS)
     for number in range(RECURS):
         assert paths_of(store) == []
         prompt = ASKED.replace("how many", f"{number} or how many")
-        assert asked(engine, prompt, remember=False).provenance.relocated_tokens
+        its = asked(engine, prompt, remember=False).provenance
+        assert its.relocated_tokens if fidelity == "none" else its.fresh_tokens > len(DOCUMENTS[1])
     answer = asked(engine, ASKED, remember=False)
     documents = len(PREAMBLE) + sum(map(len, DOCUMENTS)) + 2
     assert facts(answer) == (len(ASKED), documents, len(ASKED) - documents)
@@ -337,16 +339,28 @@ def test_documents_that_recur_become_exact(store: StateStore) -> None:
     assert engine_on(store, fidelity="exact").plan(ASKED).exact_tokens == documents
 
 
-def test_documents_that_recur_are_not_kept_unless_it_is_asked_for(store: StateStore) -> None:
-    engine = engine_on(store, preamble=PREAMBLE)
+def test_documents_that_recur_are_not_kept_where_that_is_turned_off(store: StateStore) -> None:
+    engine = engine_on(store, preamble=PREAMBLE, keep_recurring=False)
     engine.precompute(DOCUMENTS)
     for _ in range(RECURS + 1):
         asked(engine, ASKED, remember=False)
     assert paths_of(store) == []
 
 
+def test_nothing_is_read_for_a_store_that_cannot_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with StateStore.open(tmp_path) as store:
+        engine_on(store, preamble=PREAMBLE).precompute(DOCUMENTS)
+    with StateStore.open(tmp_path, read_only=True) as store:
+        engine = engine_on(store, preamble=PREAMBLE)
+        for _ in range(RECURS + 1):
+            assert asked(engine, ASKED, remember=False).provenance.relocated_tokens
+    assert not caplog.messages
+
+
 def test_one_exact_document_is_no_row(store: StateStore) -> None:
-    engine = engine_on(store, preamble=PREAMBLE, keep_recurring=True)
+    engine = engine_on(store, preamble=PREAMBLE)
     engine.precompute(DOCUMENTS)
     for _ in range(RECURS + 1):
         asked(engine, f"{PREAMBLE}{DOCUMENTS[0]}\n\nWhat?", remember=False)
@@ -604,7 +618,7 @@ def test_only_rows_that_can_be_found_by_their_text_are_read(store: StateStore) -
     for text in ("y" * 40, "x" * 40):
         piece = ResolvedPiece(ids, "x" * 40, None)
         for _ in range(RECURS):
-            keeper.count(Resolved(text, False, [piece], (), len(text)))
+            keeper.count(Resolved(text, False, [piece], (), len(text)), 0)
         keeper.flush()
         keeper._counts.clear()
         assert len(paths_of(store)) == (text[0] == "x")

@@ -112,7 +112,7 @@ class HCacheLLM(CustomLLM):
     chat_memory: Literal["auto", "always", "never"] = Field(
         default="auto", description="Which conversations are kept."
     )
-    keep_recurring: bool = Field(default=False, description="Rows of documents become exact.")
+    keep_recurring: bool = Field(default=True, description="Rows of documents become exact.")
 
     _model: PreTrainedModel = PrivateAttr()
     _adapter: ModelAdapter = PrivateAttr()
@@ -150,7 +150,7 @@ class HCacheLLM(CustomLLM):
         generate_kwargs: dict[str, Any] | None = None,
         max_concurrency: int = 1,
         chat_memory: Literal["auto", "always", "never"] = "auto",
-        keep_recurring: bool = False,
+        keep_recurring: bool = True,
         reference_mode: bool = False,
         **kwargs: Any,
     ) -> None:
