@@ -21,13 +21,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from bench_rag_qa import PREAMBLE
 
 from hcache_rag import HCacheEngine
 from hcache_rag.indexing import SEPARATOR, store_batch
 from hcache_rag.sequences import PendingState, TokenRow, alone, batches
 from hcache_rag.state import child_key, token_array
 
-PREAMBLE = "Answer the question from the passages in a few words.\n\n"
 STAND_IN = (
     "The old lighthouse stands on a low cliff above the harbour. It was built of grey stone by "
     "masons from the village, and its lamp was first lit with oil. A keeper lived in it with his "
@@ -36,11 +36,6 @@ STAND_IN = (
     "and visitors may climb to the gallery in summer.\n\n"
 )
 CHAINED = ("given", "shuffled", "alike")
-
-
-def prompt_of(passages: Sequence[str], question: str, front: str = "") -> str:
-    listed = "\n".join(passage + "\n" for passage in passages)
-    return f"{PREAMBLE}{front}{listed}\nQuestion: {question}\nAnswer:"
 
 
 @contextmanager

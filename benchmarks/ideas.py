@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from contexts import CHAINED, STAND_IN, prompt_of
+from bench_rag_qa import BALANCED, PREAMBLE, prompt_of
+from contexts import CHAINED, STAND_IN
 from peers import cacheblend, epic_positions
 from torch import Tensor
 
@@ -25,10 +26,9 @@ from hcache_rag.layout import Representation
 from hcache_rag.models import ModelAdapter
 from hcache_rag.quality import kl
 from hcache_rag.questions import Record
-from hcache_rag.repair import FIDELITY_SHARES, select_tokens
+from hcache_rag.repair import select_tokens
 from hcache_rag.trial import Positions, Reader, Reading, Trial, trying
 
-BALANCED = FIDELITY_SHARES["balanced"]
 SHARES = (0.05, 0.1, BALANCED)
 MASSES = (0.6, 0.7)
 DROPPED = (2, 4)
@@ -70,7 +70,7 @@ def readings(engines: dict[str, HCacheEngine], record: Record) -> Iterator[Tried
         shares = (0.05, 0.1, BALANCED) if name in CHAINED else (BALANCED,)
         with trying(other, prompt, ROOM_TOKENS) as trial:
             yield from _at_shares(f"{name}: ", trial, shares)
-    kept = prompt_of(record.passages, record.question, STAND_IN)
+    kept = prompt.replace(PREAMBLE, PREAMBLE + STAND_IN, 1)
     with trying(engines["stand-in"], kept, ROOM_TOKENS) as trial:
         yield from _at_shares("stand-in kept: ", trial, (BALANCED,))
 

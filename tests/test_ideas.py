@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from contexts import PREAMBLE, first_sentence_of, prompt_of, store_behind, title_of
+from bench_rag_qa import PREAMBLE, prompt_of
+from contexts import first_sentence_of, store_behind, title_of
 from ideas import best, stored_hidden, stored_inputs, stored_outside, tokens_holding
 from oracle import document_state, encode, rotate
 from tiny import SHAPES, Shape, byte_tokenizer, tiny_model
 from transformers import PreTrainedModel
 
 from hcache_rag import HCacheEngine, StateStore
-from hcache_rag.trial import trying
+from hcache_rag.judge import Judge
+from hcache_rag.trial import read_as_a_whole, trying
 
 TOKENIZER = byte_tokenizer()
 PASSAGES = (
@@ -115,3 +118,18 @@ def test_tokens_that_hold_a_part_of_the_scores_are_the_fewest(engine: HCacheEngi
             sums = [sum(scores[:count]) for count in range(1, len(scores) + 1)]
             enough = [n for n, held in enumerate(sums, 1) if held >= mass * sum(scores)]
             assert abs(tokens_holding(trial, mass) - (enough or [len(scores)])[0]) <= 1  # rounding
+
+
+def test_a_reading_can_be_judged_without_its_answer(engine: HCacheEngine) -> None:
+    """All else is the same."""
+    engine.precompute(PASSAGES)
+    with trying(engine, PROMPT, room_tokens=8) as trial:
+        ids = trial.composition.token_ids.tolist()
+        with read_as_a_whole(engine.adapter, ids) as (reader, full):
+            judge = Judge(engine, reader, full, gold=" two", max_new_tokens=4)
+        reading = trial.at("none")
+        whole = judge.judge(trial, reading)
+        short = judge.judge(trial, reading, decodes=False)
+    assert short.rouge_l != short.rouge_l
+    assert replace(short, rouge_l=whole.rouge_l, answer=whole.answer) == whole
+    assert short.answer == ""
