@@ -175,8 +175,11 @@ def ordered(records: Sequence[Record], order: str) -> list[str]:
     """All passages, in an order that is not the prompts'."""
     passages = list(dict.fromkeys(p for record in records for p in record.passages))
     random.Random(0).shuffle(passages)
-    if order == "random":
-        return passages
+    return passages if order == "random" else each_behind_its_like(passages)
+
+
+def each_behind_its_like(passages: Sequence[str]) -> list[str]:
+    """The passages, each behind the one most like it of those that are left."""
     vectors = embedded(passages)
     left = np.ones(len(passages), bool)
     last, path = 0, [0]
@@ -184,7 +187,7 @@ def ordered(records: Sequence[Record], order: str) -> list[str]:
         left[last] = False
         last = int(np.where(left, vectors @ vectors[last], -2.0).argmax())
         path.append(last)
-    return [passages[n] for n in path]
+    return [passages[number] for number in path]
 
 
 def embedded(texts: Sequence[str]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,16 +88,21 @@ class Judge:
         self.full = Judgement(0.0, 0.0, 1.0, 0.0, 1.0, self._text, reading.tokens, reading.seconds)
         """Full prefill, compared with itself."""
 
-    def judge(self, reader: Reader, reading: Reading) -> Judgement:
-        """Compare a reading that `reader` holds now."""
+    def judge(self, reader: Reader, reading: Reading, *, decodes: bool = True) -> Judgement:
+        """Compare a reading that `reader` holds now.
+
+        Args:
+            decodes: its own answer is decoded; otherwise that is "", and ROUGE-L not a number.
+        """
         first, reference = reading.first, self._logits[0]
-        text = self._text_of(reader.answer(first, self._max_new_tokens, self._ends))
+        answer = reader.answer(first, self._max_new_tokens, self._ends) if decodes else []
+        text = self._text_of(answer)
         return Judgement(
             kl_first=float(kl(reference[None], first[None])[0]),
             kl=float(kl(self._logits, self._behind(reader, first, self._answer)).mean()),
             top1=float(int(first.argmax()) == int(reference.argmax())),
             nll=self._likelihood - self._likelihood_of(reader, first),
-            rouge_l=rouge_l(self._text.split(), text.split()),
+            rouge_l=rouge_l(self._text.split(), text.split()) if decodes else math.nan,
             answer=text,
             tokens=reading.tokens,
             seconds=reading.seconds,

@@ -6,7 +6,7 @@ tokenizer, read by the model's own forward pass, and rotated by transformers' ow
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -231,6 +231,66 @@ def block_prefill_by_mask(
     )
     logits: Tensor = output.logits[0, -1]
     return logits
+
+
+@torch.no_grad()
+def repaired_prefill(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    preamble: str,
+    parts: Sequence[Part],
+    repaired: Collection[int],
+) -> tuple[Reading, Tensor | None]:
+    """Read a prompt as a whole, with K and V of documents exchanged on the way.
+
+    In every layer, what the projections give for a document's tokens is replaced by what they give
+    when it is read after the preamble alone, but for `repaired` positions and the prompt's last
+    one. So no mask, no order of keys and no positions are made here: the pass is plain causal
+    attention. What the replaced tokens themselves come to is used nowhere.
+
+    Returns:
+        What the model has after the prompt, and the attention that the last position pays each
+        (N,), summed over layers and heads; None if the model's attention does not tell.
+    """
+    head = encode(tokenizer, preamble, is_document=False)
+    token_ids = encode_parts(tokenizer, parts)
+    fresh = {*repaired, len(token_ids) - 1}
+    at, states = list[int](), list[DocumentState]()
+    for position, part, ids in _placed(tokenizer, parts):
+        if part.document is None:
+            continue
+        kept = [n for n in range(len(ids)) if position + n not in fresh]
+        whole = document_state(model, head, encode(tokenizer, part.document, is_document=True))
+        at += [position + n for n in kept]
+        states.append(DocumentState(whole.keys[:, :, kept], whole.values[:, :, kept]))
+    handles = []
+    for layer, module in enumerate(model.get_submodule("model.layers").children()):
+        its = [(s.keys[layer], s.values[layer]) for s in states]
+        for name, sides in zip(("k_proj", "v_proj"), zip(*its, strict=True), strict=False):
+            rows = torch.cat(sides, 1).transpose(0, 1).flatten(1)
+            projection = module.get_submodule(f"self_attn.{name}")
+            handles.append(projection.register_forward_hook(_exchanging(at, rows)))
+    cache = DynamicCache(config=model.config)
+    call: Any = model
+    is_eager = model.config._attn_implementation == "eager"
+    try:
+        output = call(
+            input_ids=torch.tensor([token_ids]), past_key_values=cache, output_attentions=is_eager
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+    reading = _reading(cache, output.logits[0, -1])
+    if not is_eager:
+        return reading, None
+    return reading, torch.stack([row[0, :, -1].sum(0) for row in output.attentions]).sum(0)
+
+
+def _exchanging(at: list[int], rows: Tensor) -> Callable[[Any, Any, Tensor], Tensor]:
+    def exchange(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+        return output.index_copy(1, torch.tensor(at, dtype=torch.long), rows[None])
+
+    return exchange
 
 
 def restore(engine: HCacheEngine, prompt: str) -> tuple[Composition, Reading]:
