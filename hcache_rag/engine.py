@@ -552,7 +552,8 @@ class HCacheEngine:
             plan=plan,
         )
         self._count_use(pieces)
-        if self.paths.is_on:
+        is_relocated = composition.num_restored > composition.num_exact
+        if self.paths.is_on and (is_relocated or self.fidelity == "exact"):
             self._keeper.count(request.resolved, composition.num_exact)
         self._warn_of(pieces)
         return Generation(text, token_ids, reason, provenance, timeline)
