@@ -67,6 +67,7 @@ def compose(
     preamble: StateRecord | None,
     *,
     exact_only: bool = False,
+    beginning_only: bool = False,
 ) -> Composition:
     """Place pieces one after another.
 
@@ -75,6 +76,7 @@ def compose(
         root: the root of the state tree.
         preamble: the state of the head that documents were stored after, if there is one.
         exact_only: restore only states computed after the very tokens that precede them.
+        beginning_only: restore only what the prompt begins with, without a gap.
 
     The last token is always read afresh: it gives the first answer token.
     """
@@ -93,7 +95,18 @@ def compose(
             spans.append(RestoredSpan(record, len(ids), position, is_exact))
         position += len(ids)
     token_ids = _joined([ids for ids, _ in pieces])
+    if beginning_only:
+        spans = list(_beginning(spans))
     return Composition(token_ids, *_leave_last(spans, len(token_ids)))
+
+
+def _beginning(spans: Sequence[RestoredSpan]) -> Iterator[RestoredSpan]:
+    end = 0
+    for span in spans:
+        if span.position != end or not span.is_exact:
+            return
+        end += span.num_tokens
+        yield span
 
 
 def paths_before(
