@@ -117,6 +117,12 @@ TINY: list[Tiny] = [
     _of("qwen3", head_dim=24),
     _of("qwen3_moe", **EXPERTS),
     _of("smollm3", no_rope_layers=[1, 0, 1]),
+    _of("arcee"),
+    _of("seed_oss"),
+    _of("glm", **PARTIAL),
+    _of("glm4", **PARTIAL),
+    _of("helium"),
+    _of("ernie4_5"),
     _of("granite", attention_multiplier=0.2, embedding_multiplier=3.0, residual_multiplier=0.5),
     _of("granitemoe", num_local_experts=4, attention_multiplier=0.2),
     _of("gpt_oss", num_local_experts=4, **SLIDING),
@@ -127,11 +133,14 @@ TINY: list[Tiny] = [
     _of("gemma2", head_dim=24, attn_logit_softcapping=2.0, query_pre_attn_scalar=8, **SLIDING),
     _of("gemma3_text", head_dim=24, query_pre_attn_scalar=8, **SLIDING, **TWO_BASES),
     _of("olmo"),
+    _of("olmoe", num_experts=4, num_experts_per_tok=2),
     _of("olmo2"),
     _of("olmo3", **SLIDING, **TWO_BASES),
     _of("stablelm", use_qkv_bias=True, **PARTIAL),
     _of("stablelm", "qk-parallel", qk_layernorm=True, use_parallel_residual=True, **PARTIAL),
     _of("starcoder2", sliding_window=WINDOW),
+    _of("nemotron", **PARTIAL),
+    _own("persimmon", intermediate_size=96, qk_layernorm=True, **PLAIN, **PARTIAL),
     _of("cohere"),
     _of("cohere", "qk", use_qk_norm=True),
     _of("cohere2", **SLIDING),
@@ -149,6 +158,35 @@ TINY: list[Tiny] = [
     _of("deepseek_v3", "halves", rope_interleave=False, **{**MLA, "q_lora_rank": None}),
 ]
 """Of every family at least one, and of every kind of RoPE."""
+
+UNKNOWN: list[Tiny] = [
+    _own("falcon", "alibi", alibi=True, **PLAIN),
+    _own("opt", "norm-behind", word_embed_proj_dim=64, do_layer_norm_before=False, **PLAIN),
+    _of("olmo", "clipped", clip_qkv=0.5),
+    _own("codegen", n_embd=64, n_layer=3, n_head=4, rotary_dim=8, n_positions=1024),
+    _own(
+        "gpt_neo",
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        intermediate_size=96,
+        attention_types=[[["global", "local"], 1]],
+        window_size=WINDOW,
+    ),
+    _own("gpt_bigcode", n_embd=64, n_layer=3, n_head=4, n_positions=1024),
+    _of("exaone4", sliding_window=WINDOW, layer_types=MIXED),
+]
+"""Of families, or with features, that the table says nothing about."""
+
+REFUSED: list[tuple[Tiny, str]] = [
+    (_of("mamba", num_hidden_layers=2), "LinearAttention"),
+    (_of("jamba"), "LinearAttention"),
+    (_of("qwen3_next"), "LinearAttention"),
+    (_of("llama4_text"), "chunks"),
+    (_own("rwkv", hidden_size=64, num_hidden_layers=2), "no KV cache"),
+    (_own("mpt", d_model=64, n_heads=4, n_layers=2, max_seq_len=1024), "does not decode"),
+]
+"""What cannot be served, and a word of the reason."""
 
 
 def model_of(

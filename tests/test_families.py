@@ -6,22 +6,26 @@ The tests are made of `families.TINY`; one of them fails where a family of the t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from families import TINY, WINDOW, Tiny, model_of, read, read_apart, sides
+from families import REFUSED, TINY, UNKNOWN, WINDOW, Tiny, model_of, read, read_apart, sides
 from oracle import Reading, encode, greedy, restore
 from tiny import VOCABULARY, byte_tokenizer
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AutoConfig, DynamicCache
 
 from hcache_rag import GenerationOptions, HCacheEngine, StateStore
 from hcache_rag.choice import fixed_layout
+from hcache_rag.errors import UnsupportedModelError
 from hcache_rag.executor import open_restoring
 from hcache_rag.layout import StateLayout
-from hcache_rag.models import FAMILIES, ModelAdapter
+from hcache_rag.models import FAMILIES, ModelAdapter, load_config
+from hcache_rag.models.unknown import warned_families
 from hcache_rag.repair import begin_repair, last_row_scores
 
 TOKENIZER = byte_tokenizer()
@@ -212,7 +216,38 @@ def test_the_same_greedy_answer(tiny: Tiny) -> None:
         assert list(answer.token_ids) == theirs, layout
 
 
-@pytest.mark.parametrize("tiny", [t for t in TINY if t not in MOVABLE])
+@pytest.mark.parametrize("tiny", [*TINY, *UNKNOWN])
+def test_a_conversation_goes_on(tiny: Tiny) -> None:
+    """Transformers' answer to the whole text / the engine's, which restores what was said before.
+
+    K is turned back out of the cache, decoded tokens included, and rotated again.
+    """
+    engine = engine_of(tiny, torch.float32, "kv")
+    first = engine.generate(EXACT, options=replace(GREEDY, max_new_tokens=12), remember=True)
+    engine.flush()
+    prompt = EXACT + first.text + QUESTION
+    answer = engine.generate(prompt, options=GREEDY)
+    assert answer.provenance.exact_tokens >= len(EXACT)
+    assert list(answer.token_ids) == greedy(engine.adapter.model, ids_of(prompt), 32, **SUPPRESSED)
+
+
+LATER = ("gemma3_text", "deepseek_v3", "gpt_neox", "cohere2")
+
+
+@pytest.mark.parametrize("tiny", [t for t in TINY if t.label in LATER])
+def test_a_changed_document_is_read_from_the_change_on(tiny: Tiny) -> None:
+    """Transformers' answer / the engine's, whose state begins with another document's."""
+    engine = engine_of(tiny, torch.float32, "mixed", [A])
+    changed = A + " It was painted last year."
+    report = engine.precompute([changed])
+    assert (report.continued, report.continued_tokens) == (1, len(A))
+    prompt = PREAMBLE + changed + QUESTION
+    answer = engine.generate(prompt, options=GREEDY)
+    assert answer.provenance.exact_tokens == len(PREAMBLE + changed)
+    assert list(answer.token_ids) == greedy(engine.adapter.model, ids_of(prompt), 32, **SUPPRESSED)
+
+
+@pytest.mark.parametrize("tiny", [*(t for t in TINY if t not in MOVABLE), *UNKNOWN])
 def test_what_cannot_be_moved_is_read_afresh(tiny: Tiny) -> None:
     """The answer is full prefill's, and the account says why the second document was read."""
     engine = engine_of(tiny, torch.float32, "kv")
@@ -223,6 +258,34 @@ def test_what_cannot_be_moved_is_read_afresh(tiny: Tiny) -> None:
     assert (account.relocated_tokens, account.missed_tokens) == (0, len(B))
     assert (account.documents_restored, account.documents_missed) == (1, 1)
     assert any(engine.adapter.why_not_movable in warning for warning in account.warnings)
+
+
+def test_of_an_unknown_family_k_and_v_are_kept(caplog: pytest.LogCaptureFixture) -> None:
+    """Said once; hidden states, of which nothing can be made, are refused."""
+    warned_families.clear()
+    tiny = UNKNOWN[0]
+    for _ in range(2):
+        engine = engine_of(tiny, torch.float32, "kv")
+    assert [r.message for r in caplog.records if "nothing is known about" in r.message]
+    assert caplog.text.count("nothing is known about") == 1
+    chosen = HCacheEngine(engine.adapter.model, TOKENIZER, StateStore.in_memory(), profile=None)
+    assert {str(fmt.representation) for fmt in chosen.choice.layout.layers} == {"kv"}
+    with pytest.raises(ValueError, match="nothing is known about models of family 'falcon'"):
+        engine_of(tiny, torch.float32, "hidden")
+
+
+@pytest.mark.parametrize(("tiny", "word"), REFUSED, ids=lambda value: getattr(value, "label", None))
+def test_what_cannot_be_served_is_refused_by_name(tiny: Tiny, word: str) -> None:
+    """At once, with the reason."""
+    with pytest.raises(UnsupportedModelError, match=f"{tiny.family}.*{word}"):
+        ModelAdapter(model_of(tiny))
+
+
+def test_encoder_decoders_are_refused_before_they_are_loaded(tmp_path: Path) -> None:
+    """By the configuration."""
+    AutoConfig.for_model("t5", d_model=64, num_layers=2, num_heads=4).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"'t5'.*an encoder"):
+        load_config(str(tmp_path))
 
 
 def test_prompts_are_longer_than_windows() -> None:

@@ -113,7 +113,7 @@ class ModelAdapter:
     @property
     def why_not_movable(self) -> str:
         """Why a state is valid on its exact path only, in words."""
-        return f"it was computed at another place, and the model has {self.family.positions.value}"
+        return f"it was computed at another place, and {self.family.positions.value}"
 
     @property
     def device(self) -> torch.device:

@@ -20,15 +20,15 @@ Parts = tuple[Tensor, Tensor, Tensor]
 
 
 class Positions(str, Enum):
-    """How a model knows where a token stands."""
+    """How a model knows where a token stands, and what follows for its states, in words."""
 
-    ROTARY = "rotary"
+    ROTARY = "RoPE can move it"
     """K is rotated by its position: before that it can be moved."""
-    LEARNED = "learned positions"
+    LEARNED = "the model has learned positions"
     """Added to the embeddings: everything behind them depends on the place."""
-    ALIBI = "ALiBi"
+    ALIBI = "the model has ALiBi"
     """A bias by distance, which transformers computes from the order in the cache."""
-    UNKNOWN = "an unknown family"
+    UNKNOWN = "nothing is known about models of its family"
     """K and V are taken as the model's own cache receives them."""
 
 
@@ -81,6 +81,12 @@ def in_halves(rotated: Tensor, config: Any) -> Tensor:
 def of_rotary(module: Any, probe: Tensor, positions: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """As a rotary embedding gives them; where it has several bases, that of a layer type."""
     cos, sin = module(probe, positions, kind) if kind else module(probe, positions)
+    return cos, sin
+
+
+def of_pairs(module: Any, probe: Tensor, positions: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Given for two halves, meant for neighbours."""
+    cos, sin = (side.chunk(2, -1)[0].repeat_interleave(2, -1) for side in module(probe, positions))
     return cos, sin
 
 
@@ -224,6 +230,7 @@ GEMMA = replace(LLAMA, gain_offset=1.0)
 OLMO2 = replace(QWEN3, norms=(), norm_shape="rows")
 LAYER_NORM = replace(LLAMA, is_centred=True, mlp_matrices=2)
 COHERE = replace(QWEN3, is_centred=True, is_interleaved=True, cos_sin=in_float32(of_rotary))
+PAIRS = replace(LLAMA, is_interleaved=True, cos_sin=of_pairs)
 GPT_NEOX = replace(
     LAYER_NORM,
     decoder="gpt_neox",
@@ -252,6 +259,12 @@ FAMILIES: dict[str, Family] = {
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3,
     "smollm3": replace(LLAMA, rope_kind=where_marked),
+    "arcee": replace(LLAMA, mlp_matrices=2),
+    "seed_oss": LLAMA,
+    "glm": PAIRS,
+    "glm4": PAIRS,
+    "helium": PAIRS,
+    "ernie4_5": replace(PAIRS, cos_sin=in_float32(of_pairs)),
     "granite": LLAMA,
     "granitemoe": LLAMA,
     "gpt_oss": replace(LLAMA, cos_sin=of_one_half),
@@ -269,6 +282,7 @@ FAMILIES: dict[str, Family] = {
         rope_kind=by_layer_type,
     ),
     "olmo": replace(LLAMA, is_centred=True, covers=_unclipped),
+    "olmoe": replace(QWEN3, norm_shape="rows", covers=_unclipped),
     "olmo2": OLMO2,
     "olmo3": replace(OLMO2, rope_kind=by_layer_type),
     "stablelm": replace(
@@ -279,6 +293,14 @@ FAMILIES: dict[str, Family] = {
         norm_shape="heads",
     ),
     "starcoder2": LAYER_NORM,
+    "nemotron": replace(LAYER_NORM, gain_offset=1.0),
+    "persimmon": replace(
+        LAYER_NORM,
+        fused="query_key_value",
+        split=by_kv_head,
+        query_norm="q_layernorm",
+        key_norm="k_layernorm",
+    ),
     "cohere": COHERE,
     "cohere2": replace(COHERE, query_norm="", key_norm="", rope_kind=where_sliding),
     "gpt_neox": GPT_NEOX,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 
 from hcache_rag.errors import UnsupportedModelError
 from hcache_rag.models.configuration import UNLIMITED_TOKENS
@@ -20,13 +21,14 @@ from hcache_rag.spec import ModelSpec
 logger = logging.getLogger("hcache_rag")
 
 PROBE_TOKENS = 4
-_warned: set[str] = set()
+warned_families: set[str] = set()
+"""Of which it has been said what their states are good for."""
 
 
 def warn_once(family: str) -> None:
     """Say once of each family what its states are good for."""
-    if family not in _warned:
-        _warned.add(family)
+    if family not in warned_families:
+        warned_families.add(family)
         logger.warning(
             "nothing is known about models of family %r: K and V are kept as the model's own cache "
             "receives them, and used only behind the very tokens that they were computed behind; "
@@ -63,6 +65,8 @@ def probed_spec(model: PreTrainedModel, name: str, dtype: str) -> ModelSpec:
         raise refused(f"its cache holds K {tuple(keys.shape)} and V {tuple(values.shape)}")
     if len(whole) != len(halves) or not all(map(_are_near, whole, halves)):
         raise refused("what it computes of a token depends on what follows, or on no cache")
+    if not _decodes_on_a_cache(model, len(whole)):
+        raise refused("transformers does not decode on a KV cache that it is given")
     return _spec(model, name, dtype, len(whole), keys, values)
 
 
@@ -76,6 +80,20 @@ def _layers_after(model: PreTrainedModel, steps: list[int]) -> list[tuple[Tensor
         first += tokens
     layers: list[Any] = cache.layers
     return [(layer.keys, layer.values) for layer in layers if layer.is_initialized]
+
+
+def _decodes_on_a_cache(model: PreTrainedModel, layers: int) -> bool:
+    """Whether `generate` reads each new token alone, behind what a given cache holds."""
+    kind: Any = DynamicLayer
+    cache = Cache(layers=[kind() for _ in range(layers)])
+    ids = torch.arange(PROBE_TOKENS, device=model.device).unsqueeze(0)
+    generate: Any = model.generate
+    options = {"min_new_tokens": 3, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    try:
+        generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
+    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError):
+        return False
+    return cache.get_seq_length() == PROBE_TOKENS + 2
 
 
 def _are_near(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
