@@ -50,6 +50,19 @@ class Composition:
             [np.arange(s.position, s.position + s.num_tokens) for s in self.spans]
         )
 
+    def unseen_rows(self, window: int) -> tuple[tuple[int, int], ...]:
+        """Runs of restored rows (begin, end) that no fresh token looks at.
+
+        Args:
+            window: how many tokens up to its own one sees in a layer.
+        """
+        rows = self.restored_positions
+        next_fresh = np.searchsorted(self.fresh_positions, rows)
+        fresh = np.append(self.fresh_positions, np.iinfo(np.int64).max)
+        edges = np.diff((fresh[next_fresh] >= rows + window).astype(np.int8), prepend=0, append=0)
+        begins, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+        return tuple(zip(begins.tolist(), ends.tolist(), strict=True))
+
     @property
     def num_restored(self) -> int:
         """`R`."""

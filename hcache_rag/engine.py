@@ -50,6 +50,7 @@ from hcache_rag.prompt import Tokenization, Tokenizer
 from hcache_rag.provenance import Generation, Provenance
 from hcache_rag.repair import begin_repair, recommended, repair_share
 from hcache_rag.resolved import Resolved, ResolvedPiece, beginning_only, exact_ones
+from hcache_rag.schedule import Rows
 from hcache_rag.sequences import PendingState
 from hcache_rag.state import StateRecord, TokenIds, root_key
 from hcache_rag.store import StateStore
@@ -514,7 +515,10 @@ class HCacheEngine:
                 request.on_text(text)
 
         sizes = span_sizes(composition, self._prefixes)
-        plan, work = self.planner.plan(sizes, len(composition.fresh_positions))
+        will_repair = bool(self.repair_share) and composition.num_restored > composition.num_exact
+        # What is read again looks at everything, and what is remembered is kept as a whole.
+        unseen = self._unseen(composition) if not (will_repair or request.keeper) else ()
+        plan, work = self.planner.plan(sizes, len(composition.fresh_positions), unseen)
         repaired = 0
         with (
             self._buffers.borrow(num_tokens + max_new_tokens) as buffers,
@@ -531,7 +535,7 @@ class HCacheEngine:
         ):
             try:
                 execution.recompute()
-                if self.repair_share and composition.num_restored > composition.num_exact:
+                if will_repair:
                     repaired = begin_repair(self.adapter, cache, self.repair_share)
                 text, token_ids, reason = decode(
                     self.adapter.model,
@@ -566,6 +570,14 @@ class HCacheEngine:
             self._keeper.count(request.resolved)
         self._warn_of(pieces)
         return Generation(text, token_ids, reason, provenance, timeline)
+
+    def _unseen(self, composition: Composition) -> tuple[Rows, ...]:
+        """Restored rows of every layer that no fresh token has in its window."""
+        windows = self.adapter.windows
+        rows = {w: composition.unseen_rows(w) for w in set(windows) if w is not None}
+        if not any(rows.values()):
+            return ()
+        return tuple(() if window is None else rows[window] for window in windows)
 
     def _count_use(self, pieces: Sequence[ResolvedPiece]) -> None:
         documents = [piece for piece in pieces if piece.document is not None]

@@ -190,6 +190,9 @@ class Execution:
             StateError: what the reading lane met.
             Cancelled: the request was cancelled.
         """
+        for begin, end in self.work.left_out[layer] if self.work.left_out else ():
+            for side in self._targets(layer, begin, end)[:2]:
+                side.zero_()  # nobody looks at it, but what is no number spoils all sums
         for index, piece in enumerate(self.work.pieces[layer]):
             with self._computing.step():
                 self.restore_piece(layer, piece, self._read.pop((layer, index)))

@@ -97,12 +97,13 @@ def relocated_slots(composition: Composition) -> npt.NDArray[np.int64]:
 def last_row_scores(adapter: ModelAdapter, cache: RestoringCache) -> npt.NDArray[np.float32]:
     """Run the pass that was begun; the attention that its last token pays each restored slot, (R,).
 
-    Summed over layers and heads.
+    Summed over layers and heads. Models whose states cannot be moved have nothing to repair, and
+    nothing is scored.
     """
     queries: list[Tensor] = []
     inputs: dict[str, Any] = cache.pass_inputs()
     with ExitStack() as hooks:
-        for layer in range(adapter.spec.num_layers):
+        for layer in range(adapter.spec.num_layers) if adapter.is_movable else ():
             taking = adapter.catching(layer, QUERY, lambda rows: queries.append(rows[0, -1]))
             hooks.enter_context(taking)
         adapter.decoder(**inputs, past_key_values=cache, use_cache=True)

@@ -24,9 +24,11 @@ from hcache_rag.choice import fixed_layout
 from hcache_rag.errors import UnsupportedModelError
 from hcache_rag.executor import open_restoring
 from hcache_rag.layout import StateLayout
+from hcache_rag.measure import measure
 from hcache_rag.models import FAMILIES, ModelAdapter, load_config
 from hcache_rag.models.unknown import warned_families
 from hcache_rag.repair import begin_repair, last_row_scores
+from hcache_rag.trial import trying
 
 TOKENIZER = byte_tokenizer()
 PREAMBLE = "Answer from these passages.\n"
@@ -231,6 +233,27 @@ def test_a_conversation_goes_on(tiny: Tiny) -> None:
     assert list(answer.token_ids) == greedy(engine.adapter.model, ids_of(prompt), 32, **SUPPRESSED)
 
 
+@pytest.mark.parametrize("layout", ["hidden", "kv", "none-first"])
+@pytest.mark.parametrize("tiny", [t for t in TINY if "sliding_window" in t.options])
+def test_sliding_layers_read_what_is_in_the_window(tiny: Tiny, layout: str) -> None:
+    """An engine that restores all, to remember it / one that leaves out what nothing looks at.
+
+    Where that would be, there was something that is no number.
+    """
+    engine = engine_of(tiny, torch.float32, layout)
+    whole = engine.generate(BOTH, options=GREEDY, remember=True)
+    with engine._buffers.borrow(1) as buffers:
+        for side in buffers.sides:
+            side.fill_(torch.nan)
+    engine = engine_of(tiny, torch.float32, layout, paths_max_bytes=0)
+    engine._buffers._free.append(buffers)
+    answer = engine.generate(BOTH, options=GREEDY)
+    assert answer.token_ids == whole.token_ids
+    is_any = any(ModelAdapter(engine.adapter.model).windows)
+    assert (answer.provenance.bytes_read < whole.provenance.bytes_read) == is_any
+    assert answer.provenance.restored_tokens == whole.provenance.restored_tokens
+
+
 LATER = ("gemma3_text", "deepseek_v3", "gpt_neox", "cohere2")
 
 
@@ -272,6 +295,20 @@ def test_of_an_unknown_family_k_and_v_are_kept(caplog: pytest.LogCaptureFixture)
     assert {str(fmt.representation) for fmt in chosen.choice.layout.layers} == {"kv"}
     with pytest.raises(ValueError, match="nothing is known about models of family 'falcon'"):
         engine_of(tiny, torch.float32, "hidden")
+
+
+def test_an_unknown_family_can_be_measured_and_tried(tmp_path: Path) -> None:
+    """Without hidden states; nothing is relocated, so that every fidelity is full prefill's."""
+    engine = engine_of(UNKNOWN[0], torch.float32, "kv")
+    profile = measure(engine.adapter, tmp_path, quick=True, max_tokens=64)
+    assert profile.costs is not None
+    assert not profile.costs.project
+    assert profile.costs.scatter
+    assert profile.rates.projection_flops_per_s > 0
+    with trying(engine, BOTH, 1) as trial:
+        assert not len(trial.relocated)
+        logits = trial.at("balanced").first
+    assert_near(logits, read(engine.adapter.model, ids_of(BOTH)), torch.float32)
 
 
 @pytest.mark.parametrize(("tiny", "word"), REFUSED, ids=lambda value: getattr(value, "label", None))
