@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +25,16 @@ class Buffers:
     def __init__(self, adapter: ModelAdapter, capacity_tokens: int) -> None:
         spec = adapter.spec
         self.capacity_tokens = capacity_tokens
-        shape = (spec.num_layers, 1, spec.num_kv_heads, capacity_tokens, spec.head_dim)
-        self.keys = torch.empty(shape, dtype=adapter.dtype, device=adapter.device)
-        self.values = torch.empty_like(self.keys)
+        shape = (spec.num_layers, 1, spec.num_kv_heads, capacity_tokens)
+        options: Any = {"dtype": adapter.dtype, "device": adapter.device}
+        self.keys = torch.empty((*shape, spec.head_dim), **options)
+        self.values = torch.empty((*shape, spec.value_dim or spec.head_dim), **options)
         self._scratch: dict[str, Tensor] = {}
+
+    @property
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """K and V."""
+        return self.keys, self.values
 
     def scratch(self, name: str, *shape: int) -> Tensor:
         """Memory for a tensor of the model's dtype; its content lasts until `name` is asked again.

@@ -4,7 +4,9 @@ When the forward pass reaches a layer and calls `update`, the layer is restored,
 are added, and from then on it is an ordinary preallocated cache layer.
 
 Restored tokens lie in the first slots of the buffers, in prompt order, the fresh ones behind
-them: attention does not mind the order of keys, as long as the mask speaks of positions.
+them: attention does not mind the order of keys, as long as the mask speaks of positions. Decoding
+masks nothing, but in layers with a sliding window, which are put in the order of positions first
+and show their last tokens only.
 """
 
 from __future__ import annotations
@@ -62,9 +64,11 @@ class RestoringCache(Cache):
             np.concatenate((restored, composition.fresh_positions))
         )
         self._slot_of_position = torch.argsort(self.position_of_slot)
+        self._is_in_order = bool((self.position_of_slot.diff() > 0).all())
         self._pass: _Pass | None = None
         num_layers = adapter.spec.num_layers
-        self.restoring_layers = [RestoringLayer(self, i) for i in range(num_layers)]
+        windows = adapter.windows or [None] * num_layers
+        self.restoring_layers = [RestoringLayer(self, i, w) for i, w in enumerate(windows)]
         super().__init__(layers=list(self.restoring_layers))
         if self.num_restored:
             self.begin_pass(composition.fresh_positions)
@@ -79,6 +83,11 @@ class RestoringCache(Cache):
         self._pass = _Pass(at, slots, bool((slots.diff() == 1).all()))
         for layer in self.restoring_layers:
             layer.rewind()
+
+    @property
+    def is_in_order(self) -> bool:
+        """Whether slots are positions."""
+        return self._is_in_order
 
     @property
     def is_in_pass(self) -> bool:
@@ -104,22 +113,52 @@ class RestoringCache(Cache):
             self._pass = None
         return len(self.position_of_slot)
 
-    def pass_inputs(self) -> dict[str, Tensor]:
-        """What the pass reads: its tokens, their positions, and which slots each of them sees."""
+    def pass_inputs(self) -> dict[str, Any]:
+        """What the pass reads: its tokens, their positions, and which slots each of them sees.
+
+        Models whose states cannot be moved make their own mask: they read what follows a prefix.
+        """
         if self._pass is None:
             raise RuntimeError("no pass was begun")
         device, positions = self.adapter.device, self._pass.positions
+        token_ids = torch.from_numpy(self.composition.token_ids.astype(np.int64))
+        inputs: dict[str, Any] = {
+            "input_ids": token_ids[positions].unsqueeze(0).to(device),
+            "position_ids": positions.unsqueeze(0).to(device),
+            "attention_mask": self._mask() if self.adapter.is_movable else None,
+        }
+        if not self.adapter.takes_positions:
+            inputs.pop("position_ids")
+        return inputs
+
+    def _mask(self) -> Tensor | dict[str, Tensor]:
+        """The mask of the pass, (1, 1, F, N); one for each layer type where windows differ."""
+        windows = self.adapter.windows
+        if len(set(windows)) == 1:
+            return self._mask_of(windows[0])
+        types = self.adapter.model.config.layer_types
+        by_type = dict(zip(types, windows, strict=True))
+        return {kind: self._mask_of(window) for kind, window in by_type.items()}
+
+    def _mask_of(self, window: int | None) -> Tensor:
+        if self._pass is None:
+            raise RuntimeError("no pass was begun")
+        positions = self._pass.positions
         visible = self.position_of_slot[None, :] <= positions[:, None]
+        if window is not None:
+            visible &= self.position_of_slot[None, :] > positions[:, None] - window
         # Additive, which both eager and SDPA attention take; SDPA would turn a boolean mask into
         # this one in every layer.
         mask = torch.zeros((1, 1, *visible.shape), dtype=self.adapter.dtype)
         mask.masked_fill_(~visible, torch.finfo(self.adapter.dtype).min)
-        token_ids = torch.from_numpy(self.composition.token_ids.astype(np.int64))
-        return {
-            "input_ids": token_ids[positions].unsqueeze(0).to(device),
-            "position_ids": positions.unsqueeze(0).to(device),
-            "attention_mask": mask.to(device),
-        }
+        return mask.to(self.adapter.device)
+
+    def reorder(self, layer: int, *, by_position: bool) -> None:
+        """Put a layer's slots of the prompt in the order of positions, or back."""
+        order = self._slot_of_position if by_position else self.position_of_slot
+        index = order.to(self.adapter.device)
+        for side in self.buffers.sides:
+            side[layer][:, :, : len(index)] = side[layer].index_select(2, index)
 
     def copied(self, first: int, tokens: int) -> tuple[Tensor, Tensor]:
         """K and V, (L, G, n, D) each, of `tokens` tokens from position `first` on, in order.
@@ -128,6 +167,8 @@ class RestoringCache(Cache):
         """
         if first + tokens > self.num_filled:
             raise ValueError(f"{first + tokens} tokens are not in a cache of {self.num_filled}")
+        for layer in self.restoring_layers:
+            layer.back_to_slots()
         index = self._slots(self.num_filled)[first : first + tokens]
         return (
             self.buffers.keys[:, 0].index_select(2, index),
@@ -146,6 +187,7 @@ class RestoringCache(Cache):
 
     def by_position(self, layer: int) -> tuple[Tensor, Tensor]:
         """K and V of a layer in the order of positions, (1, G, n, D) each; copies."""
+        self.restoring_layers[layer].back_to_slots()
         index = self._slots(self.restoring_layers[layer].get_seq_length())
         return (
             self.buffers.keys[layer].index_select(2, index),
@@ -154,15 +196,20 @@ class RestoringCache(Cache):
 
 
 class RestoringLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer of a `RestoringCache`."""
+    """One layer of a `RestoringCache`.
 
-    is_sliding = False
+    Args:
+        window: how many tokens up to its own a token sees; None for all.
+    """
 
-    def __init__(self, cache: RestoringCache, layer: int) -> None:
+    def __init__(self, cache: RestoringCache, layer: int, window: int | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
         self._layer = layer
+        self._window = window
         self._length = cache.num_restored
+        self._is_by_position = False
+        self.is_sliding = window is not None
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -176,25 +223,42 @@ class RestoringLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add K and V, (1, G, n, D) each, behind what is there; return views of all of them."""
+        """Add K and V, (1, G, n, D) each, behind what is there; return views of what is seen."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        key_states, value_states = self._cache.adapter.as_cached(key_states, value_states)
         buffers = self._cache.buffers
         end = self._cache.write(self._layer, key_states, value_states)
         if end is not None:
             self._length = end
-            return self._views()
-        end = self._length + key_states.shape[-2]
+            return self._views(0)
+        num_new = key_states.shape[-2]
+        end = self._length + num_new
         if end > buffers.capacity_tokens:
             raise ValueError(f"{end} tokens do not fit into {buffers.capacity_tokens} cache slots")
+        if self._window is not None:
+            self._by_position()
         keys, values = buffers.keys[self._layer], buffers.values[self._layer]
         keys[:, :, self._length : end] = key_states
         values[:, :, self._length : end] = value_states
+        first = self._first_seen()
         self._length = end
-        return self._views()
+        return self._views(first)
+
+    def _by_position(self) -> None:
+        if not (self._is_by_position or self._cache.is_in_order):
+            self._cache.reorder(self._layer, by_position=True)
+            self._is_by_position = True
+
+    def back_to_slots(self) -> None:
+        """Let slots be what the cache says they are, if the layer is in the order of positions."""
+        if self._is_by_position:
+            self._cache.reorder(self._layer, by_position=False)
+            self._is_by_position = False
 
     def rewind(self) -> None:
         """Count only restored tokens again, so that a pass can follow."""
+        self.back_to_slots()
         self._length = self._cache.num_restored
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -204,16 +268,21 @@ class RestoringLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             raise ValueError(f"{-tokens_to_remove} tokens cannot be taken off {self._length}")
         self._length = length
 
-    def _views(self) -> tuple[Tensor, Tensor]:
+    def _views(self, first: int) -> tuple[Tensor, Tensor]:
         buffers = self._cache.buffers
-        return (
-            buffers.keys[self._layer][:, :, : self._length],
-            buffers.values[self._layer][:, :, : self._length],
+        return self._cache.adapter.as_cached(
+            buffers.keys[self._layer][:, :, first : self._length],
+            buffers.values[self._layer][:, :, first : self._length],
         )
+
+    def _first_seen(self) -> int:
+        """The first token that one behind those that are there sees."""
+        return 0 if self._window is None else max(0, self._length - self._window + 1)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that a query of this length will see."""
-        return self._length + query_length, 0
+        first = self._first_seen()
+        return self._length - first + query_length, first
 
     def get_seq_length(self) -> int:
         """Tokens in the layer; restored ones count from the beginning."""

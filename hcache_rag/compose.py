@@ -50,6 +50,19 @@ class Composition:
             [np.arange(s.position, s.position + s.num_tokens) for s in self.spans]
         )
 
+    def unseen_rows(self, window: int) -> tuple[tuple[int, int], ...]:
+        """Runs of restored rows (begin, end) that no fresh token looks at.
+
+        Args:
+            window: how many tokens up to its own one sees in a layer.
+        """
+        rows = self.restored_positions
+        next_fresh = np.searchsorted(self.fresh_positions, rows)
+        fresh = np.append(self.fresh_positions, np.iinfo(np.int64).max)
+        edges = np.diff((fresh[next_fresh] >= rows + window).astype(np.int8), prepend=0, append=0)
+        begins, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+        return tuple(zip(begins.tolist(), ends.tolist(), strict=True))
+
     @property
     def num_restored(self) -> int:
         """`R`."""
@@ -67,6 +80,7 @@ def compose(
     preamble: StateRecord | None,
     *,
     exact_only: bool = False,
+    beginning_only: bool = False,
 ) -> Composition:
     """Place pieces one after another.
 
@@ -75,6 +89,7 @@ def compose(
         root: the root of the state tree.
         preamble: the state of the head that documents were stored after, if there is one.
         exact_only: restore only states computed after the very tokens that precede them.
+        beginning_only: restore only what the prompt begins with, without a gap.
 
     The last token is always read afresh: it gives the first answer token.
     """
@@ -93,7 +108,18 @@ def compose(
             spans.append(RestoredSpan(record, len(ids), position, is_exact))
         position += len(ids)
     token_ids = _joined([ids for ids, _ in pieces])
+    if beginning_only:
+        spans = list(_beginning(spans))
     return Composition(token_ids, *_leave_last(spans, len(token_ids)))
+
+
+def _beginning(spans: Sequence[RestoredSpan]) -> Iterator[RestoredSpan]:
+    end = 0
+    for span in spans:
+        if span.position != end or not span.is_exact:
+            return
+        end += span.num_tokens
+        yield span
 
 
 def paths_before(

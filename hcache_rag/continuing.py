@@ -81,13 +81,16 @@ def cache_with(
         for layer in range(adapter.spec.num_layers):
             execution.restore_layer(layer)
         execution.end_forward()
-    return _joined(before, buffers, tokens, adapter.spec.num_layers)
+    return _joined(adapter, before, buffers, tokens)
 
 
-def _joined(before: DynamicCache, buffers: Buffers, tokens: int, num_layers: int) -> DynamicCache:
+def _joined(
+    adapter: ModelAdapter, before: DynamicCache, buffers: Buffers, tokens: int
+) -> DynamicCache:
     joined = DynamicCache()
-    for layer in range(num_layers):
-        pair = (buffers.keys[layer][:, :, :tokens], buffers.values[layer][:, :, :tokens])
+    for layer in range(adapter.spec.num_layers):
+        sides = (buffers.keys[layer][:, :, :tokens], buffers.values[layer][:, :, :tokens])
+        pair = adapter.as_cached(*sides)
         if before.get_seq_length():
             held: Any = before.layers[layer]
             pair = (torch.cat((held.keys, pair[0]), 2), torch.cat((held.values, pair[1]), 2))

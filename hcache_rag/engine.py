@@ -38,7 +38,7 @@ from hcache_rag.identity import tokenizer_fingerprint
 from hcache_rag.indexing import Indexer, PrecomputeReport
 from hcache_rag.keeper import Keeper
 from hcache_rag.lanes import Cancelled
-from hcache_rag.layout import StateLayout
+from hcache_rag.layout import Representation, StateLayout
 from hcache_rag.measure import find_profile
 from hcache_rag.models import ModelAdapter
 from hcache_rag.openmp import give_back_threads, lent_threads
@@ -49,7 +49,8 @@ from hcache_rag.profile import HardwareProfile
 from hcache_rag.prompt import Tokenization, Tokenizer
 from hcache_rag.provenance import Generation, Provenance
 from hcache_rag.repair import begin_repair, recommended, repair_share
-from hcache_rag.resolved import Resolved, ResolvedPiece, exact_ones
+from hcache_rag.resolved import Resolved, ResolvedPiece, beginning_only, exact_ones
+from hcache_rag.schedule import Rows
 from hcache_rag.sequences import PendingState
 from hcache_rag.state import StateRecord, TokenIds, root_key
 from hcache_rag.store import StateStore
@@ -79,7 +80,9 @@ class HCacheEngine:
     """A model that remembers what it has read.
 
     Args:
-        model: a transformers causal language model of a supported family, on the CPU.
+        model: a transformers causal language model, on the CPU. States of models with learned
+            positions, with ALiBi, or of a family that nothing is known about, are used only behind
+            the very tokens that they were computed behind.
         tokenizer: its fast tokenizer.
         store: where states are kept: a `StateStore`, or a folder to open one in.
         preamble: the fixed text in front of the first document. States are computed after it.
@@ -429,11 +432,20 @@ class HCacheEngine:
                     f"a layout of {len(representation.layers)} layers for a model of "
                     f"{spec.num_layers}"
                 )
-            return LayoutChoice(representation, "given by the caller")
-        if representation != "auto":
-            return fixed_layout(spec, representation, storage_dtype)
-        hidden, kv = storage_dtypes(spec, storage_dtype)
-        return choose_layout(spec, profile, objective, hidden_dtype=hidden, kv_dtype=kv)
+            choice = LayoutChoice(representation, "given by the caller")
+        elif representation != "auto" or not self.adapter.is_known:
+            asked = representation if representation != "auto" else "kv"
+            choice = fixed_layout(spec, asked, storage_dtype)
+        else:
+            hidden, kv = storage_dtypes(spec, storage_dtype)
+            return choose_layout(spec, profile, objective, hidden_dtype=hidden, kv_dtype=kv)
+        formats = {fmt.representation for fmt, _ in choice.layout.runs}
+        if Representation.HIDDEN in formats and not self.adapter.is_known:
+            raise ValueError(
+                f"nothing is known about models of family {spec.family!r}, so that no K and V can "
+                "be made of their hidden states: keep K and V"
+            )
+        return choice
 
     def _is_kept(self, layout: StateLayout) -> bool:
         """Whether a stored state in this layout need not be stored anew."""
@@ -447,6 +459,9 @@ class HCacheEngine:
         walked = self._keeper.walk(prompt, add_bos=bos)
         found = self._catalogue.resolve(prompt, add_bos=bos, walked=walked)
         found.pieces = exact_ones([self._usable(piece) for piece in found.pieces], self.root)
+        if not self.adapter.is_movable:
+            why_not = self.adapter.why_not_movable
+            found.pieces = beginning_only(found.pieces, self.root, why_not)
         return found
 
     def _shelf(self, pieces: Sequence[ResolvedPiece]) -> Readable:
@@ -485,6 +500,7 @@ class HCacheEngine:
             self.root,
             preamble,
             exact_only=self.fidelity == "exact",
+            beginning_only=not self.adapter.is_movable,
         )
 
     def _run(self, composition: Composition, request: _Request) -> Generation:
@@ -504,7 +520,10 @@ class HCacheEngine:
                 request.on_text(text)
 
         sizes = span_sizes(composition, self._prefixes)
-        plan, work = self.planner.plan(sizes, len(composition.fresh_positions))
+        will_repair = bool(self.repair_share) and composition.num_restored > composition.num_exact
+        # What is read again looks at everything, and what is remembered is kept as a whole.
+        unseen = self._unseen(composition) if not (will_repair or request.keeper) else ()
+        plan, work = self.planner.plan(sizes, len(composition.fresh_positions), unseen)
         repaired = 0
         with (
             self._buffers.borrow(num_tokens + max_new_tokens) as buffers,
@@ -521,7 +540,7 @@ class HCacheEngine:
         ):
             try:
                 execution.recompute()
-                if self.repair_share and composition.num_restored > composition.num_exact:
+                if will_repair:
                     repaired = begin_repair(self.adapter, cache, self.repair_share)
                 text, token_ids, reason = decode(
                     self.adapter.model,
@@ -557,6 +576,14 @@ class HCacheEngine:
             self._keeper.count(request.resolved, composition.num_exact)
         self._warn_of(pieces)
         return Generation(text, token_ids, reason, provenance, timeline)
+
+    def _unseen(self, composition: Composition) -> tuple[Rows, ...]:
+        """Restored rows of every layer that no fresh token has in its window."""
+        windows = self.adapter.windows
+        rows = {w: composition.unseen_rows(w) for w in set(windows) if w is not None}
+        if not any(rows.values()):
+            return ()
+        return tuple(() if window is None else rows[window] for window in windows)
 
     def _count_use(self, pieces: Sequence[ResolvedPiece]) -> None:
         documents = [piece for piece in pieces if piece.document is not None]

@@ -23,7 +23,7 @@ from hcache_rag.cache import RestoringCache
 from hcache_rag.compose import Composition
 from hcache_rag.lanes import CallerLane, Clock, Lane, ThreadLane, Ticket, timeline_of, walk
 from hcache_rag.layout import Representation
-from hcache_rag.models import ModelAdapter
+from hcache_rag.models import ModelAdapter, in_heads
 from hcache_rag.plan import SpanSize, plan_restore
 from hcache_rag.prefixes import Prefixes
 from hcache_rag.schedule import ChunkUse, Piece, Schedule, schedule
@@ -95,7 +95,8 @@ class Execution:
         self.prefixes = prefixes
         self.reference_mode = reference_mode
         positions = torch.from_numpy(composition.restored_positions).to(adapter.device)
-        self._cos_sin = adapter.position_embeddings(positions)
+        self._cos_sin = adapter.all_position_embeddings(positions)
+        self._is_interleaved = adapter.family.is_interleaved
         self._first_row = np.cumsum([0, *(span.num_tokens for span in composition.spans)])
         self._read: dict[tuple[int, int], list[Chunk]] = {}
         self._clock = Clock()
@@ -173,15 +174,14 @@ class Execution:
                 states = (
                     self._by_heads(side, number, tokens) for side in (caught.first, caught.second)
                 )
-                rope_into(next(states), cos, sin, keys)
+                rope_into(next(states), cos, sin, keys, is_interleaved=self._is_interleaved)
                 values.copy_(next(states))
 
     def _by_heads(self, states: Tensor | None, row: int, tokens: int) -> Tensor:
         """One document of a captured (B, T, G * D), as (G, T, D)."""
         if states is None:
             raise RuntimeError("K or V was not captured")
-        shape = (tokens, self.adapter.spec.num_kv_heads, self.adapter.spec.head_dim)
-        return states[row, :tokens].view(shape).transpose(0, 1)
+        return in_heads(states[row, :tokens], self.adapter.spec.num_kv_heads).transpose(0, 1)
 
     def restore_layer(self, layer: int) -> None:
         """Write a layer's K and V into the first slots, as fast as its pieces have been read.
@@ -190,6 +190,9 @@ class Execution:
             StateError: what the reading lane met.
             Cancelled: the request was cancelled.
         """
+        for begin, end in self.work.left_out[layer] if self.work.left_out else ():
+            for side in self._targets(layer, begin, end)[:2]:
+                side.zero_()  # nobody looks at it, but what is no number spoils all sums
         for index, piece in enumerate(self.work.pieces[layer]):
             with self._computing.step():
                 self.restore_piece(layer, piece, self._read.pop((layer, index)))
@@ -200,22 +203,38 @@ class Execution:
         keys, values, cos, sin = self._targets(layer, piece.start, piece.stop)
         if piece.fmt.representation is Representation.KV:
             staged = stage_kv(piece, chunks, values, self.buffers)
+            turned = self._is_interleaved
             if self.reference_mode:
-                keys.copy_(reference.rope(staged, cos, sin))
+                keys.copy_(reference.rope(staged, cos, sin, is_interleaved=turned))
             else:
-                rope_into(staged, cos, sin, keys)
+                rope_into(staged, cos, sin, keys, is_interleaved=turned)
             return
         rows, scale = stage_rows(piece, chunks, self.buffers, is_scaled=self.reference_mode)
         if self.reference_mode:
-            self._project_by_modules(layer, rows, cos, sin, keys, values)
+            plain, projected = self.adapter.project(layer, rows)
+            keys.copy_(reference.rope(plain, cos, sin, is_interleaved=self._is_interleaved))
+            values.copy_(projected)
             return
-        projection = self.adapter.projections[layer]
-        scratch = self.buffers.scratch("projected", len(rows), 2 * self.adapter.spec.kv_width)
-        project_kv(rows, scale, projection.weight, projection.bias, cos, sin, keys, values, scratch)
+        projection, spec = self.adapter.projections[layer], self.adapter.spec
+        key_norm, value_norm = self.adapter.rows_norms[layer]
+        project_kv(
+            rows,
+            scale,
+            projection.weight,
+            projection.bias,
+            cos,
+            sin,
+            keys,
+            values,
+            self.buffers.scratch("projected", len(rows), spec.kv_width + spec.value_width),
+            is_interleaved=self._is_interleaved,
+            key_norm=key_norm,
+            value_norm=value_norm,
+        )
 
     def _targets(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """K, V (G, r, D) and cosines, sines (r, D) of some rows."""
-        cos, sin = self._cos_sin
+        cos, sin = self._cos_sin[self.adapter.rope_kinds[layer]]
         rows = slice(start, stop)
         buffers = self.buffers
         return (
@@ -224,17 +243,6 @@ class Execution:
             cos[rows],
             sin[rows],
         )
-
-    def _project_by_modules(
-        self, layer: int, hidden: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor
-    ) -> None:
-        gain, eps = self.adapter.norm(layer)
-        key, value = self.adapter.key_projections[layer], self.adapter.value_projections[layer]
-        restored = reference.project_kv(
-            hidden, gain, eps, key.weight, value.weight, key.bias, value.bias, cos, sin
-        )
-        keys.copy_(restored[0])
-        values.copy_(restored[1])
 
 
 @contextmanager

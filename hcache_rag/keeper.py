@@ -145,8 +145,8 @@ class Keeper:
         cache: Any = self._adapter.prefill(token_ids.tolist())
         if self._adapter.is_changed:
             return  # these may be another model's
-        keys = torch.cat([layer.keys for layer in cache.layers])
-        values = torch.cat([layer.values for layer in cache.layers])
+        pairs = [self._adapter.as_cached(layer.keys, layer.values) for layer in cache.layers]
+        keys, values = (torch.cat(side) for side in zip(*pairs, strict=True))
         self._paths.keep(Snapshot(self._root, token_ids, text, 0, keys, values, False))
 
     def _later(self, work: Callable[[], object], prompt: str) -> bool:

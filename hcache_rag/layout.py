@@ -90,6 +90,7 @@ class LayerFormat:
         hidden: `rows` (t, E), `row_scales` (t,) float32 `1 / rms`, and where quantised
         `quant_scales` (t,) or (t, groups), for `int8-smooth` also `channel_scales` (E,). kv:
         `keys`, `values` (G, t, D), and where quantised `key_scales` (G, D), `value_scales` (G, t).
+        V may be of another width than K.
         """
         element = 1 if self.is_quantised else DTYPE_BYTES.get(self.dtype, 0)
         heads, width = spec.num_kv_heads, spec.head_dim
@@ -109,7 +110,7 @@ class LayerFormat:
             return (*rows, scales, Part("channel_scales", 4, (spec.hidden_size,)))
         pair = (
             Part("keys", element, (heads, tokens, width)),
-            Part("values", element, (heads, tokens, width)),
+            Part("values", element, (heads, tokens, spec.value_dim or width)),
         )
         if not self.is_quantised:
             return pair

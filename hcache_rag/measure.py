@@ -104,6 +104,8 @@ def measure(
     fitted: dict[Representation, dict[str, TokenCost]] = {}
     for representation in (HIDDEN, KV):
         fitted[representation] = {}
+        if representation is HIDDEN and not adapter.is_known:
+            continue  # nothing can be made of them
         for dtype in _dtypes(adapter, representation):
             on_step(f"restoring {representation} from {dtype}")
             found = compute.restoring(LayerFormat(representation, dtype))
@@ -232,6 +234,8 @@ class _Computing:
         prefix = self.adapter.prefill([])
         for tokens in self.tokens:
             count = min(4 if tokens <= 256 else 2, spec.num_layers)
+            if not self.adapter.is_known:
+                count = spec.num_layers  # it cannot be stopped
             ids = [1 + i % 100 for i in range(tokens)]
 
             def read(ids: list[int] = ids, count: int = count) -> None:
@@ -321,13 +325,14 @@ def _dtypes(adapter: ModelAdapter, representation: Representation) -> list[str]:
 def _rates(adapter: ModelAdapter, costs: ModelCosts) -> Rates:
     """The processor in general, from what it did for this model."""
     spec = adapter.spec
-    project = costs.project[spec.dtype]
     at = 512
     weights_bytes = spec.layer_flops / 2 * spec.dtype_bytes
     pair_s = 2 * costs.layer.per_square_s
     layer_flops_per_s = spec.layer_flops / max(costs.layer(1024) / 1024 - 512 * pair_s, 1e-12)
+    project = costs.project.get(spec.dtype)
+    project_s = project(at) if project else spec.projection_flops * at / layer_flops_per_s
     return Rates(
-        projection_flops_per_s=spec.projection_flops * at / project(at),
+        projection_flops_per_s=spec.projection_flops * at / project_s,
         layer_flops_per_s=layer_flops_per_s,
         attention_flops_per_s=spec.attention_flops / pair_s if pair_s else layer_flops_per_s,
         memory_bytes_per_s=weights_bytes / costs.suffix(1, 64),

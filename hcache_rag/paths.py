@@ -309,12 +309,11 @@ def captured_layers(adapter: ModelAdapter, snapshot: Snapshot) -> list[CapturedL
     """K before RoPE, and V, of a snapshot, as `ModelAdapter.capture` gives them."""
     length = len(snapshot.token_ids)
     positions = torch.arange(snapshot.first, snapshot.first + length, device=adapter.device)
-    cos, sin = (side.float() for side in adapter.position_embeddings(positions))
-    # The inverse of RoPE turns back by the same angle, and undoes the scale that some kinds have.
-    scale = cos.square() + sin.square()
+    cos_sin = adapter.all_position_embeddings(positions)
+    is_interleaved = adapter.family.is_interleaved
     layers = []
-    for keys, values in zip(snapshot.keys, snapshot.values, strict=True):
-        plain = reference.rope(keys.float(), cos, -sin) / scale
+    for kind, keys, values in zip(adapter.rope_kinds, snapshot.keys, snapshot.values, strict=True):
+        plain = reference.rope_undone(keys, *cos_sin[kind], is_interleaved=is_interleaved)
         layers.append(CapturedLayer(*(_rows(side) for side in (plain.to(keys.dtype), values))))
     return layers
 

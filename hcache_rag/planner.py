@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from hcache_rag.plan import Conditions, RestorePlan, SpanSize, plan_restore
 from hcache_rag.profile import HardwareProfile, ReadRate
-from hcache_rag.schedule import Schedule, schedule
+from hcache_rag.schedule import Rows, Schedule, schedule
 from hcache_rag.spec import ModelSpec
 from hcache_rag.timeline import COMPUTING, READING, Timeline
 
@@ -36,12 +36,26 @@ class Planner:
         with self._lock:
             return self._now
 
-    def plan(self, spans: Sequence[SpanSize], fresh_tokens: int) -> tuple[RestorePlan, Schedule]:
-        """The best plan as things are now, and its steps with what each should take."""
+    def plan(
+        self, spans: Sequence[SpanSize], fresh_tokens: int, unseen: Sequence[Rows] = ()
+    ) -> tuple[RestorePlan, Schedule]:
+        """The best plan as things are now, and its steps with what each should take.
+
+        Args:
+            unseen: see `schedule`.
+        """
         now = self.now
         chosen = plan_restore(self.spec, spans, self.profile, now, fresh_tokens=fresh_tokens)
         costs = self.profile.costs_of(self.spec) if self.profile is not None else None
-        work = schedule(self.spec, spans, chosen, fresh_tokens=fresh_tokens, costs=costs, now=now)
+        work = schedule(
+            self.spec,
+            spans,
+            chosen,
+            fresh_tokens=fresh_tokens,
+            costs=costs,
+            now=now,
+            unseen=unseen,
+        )
         return chosen, work
 
     def observe(self, timeline: Timeline, plan: RestorePlan) -> None:

@@ -201,12 +201,13 @@ class Rates:
         causally: half of all pairs.
         """
         element = spec.dtype_bytes
-        moved = 2 * 2 * spec.kv_width * element / self.memory_bytes_per_s
+        width = spec.kv_width + spec.value_width
+        moved = 2 * width * element / self.memory_bytes_per_s
         project = TokenCost(0.0, max(spec.projection_flops / self.projection_flops_per_s, moved))
         layer = spec.layer_flops / self.layer_flops_per_s
         pair = spec.attention_flops / self.attention_flops_per_s
         weights_s = spec.layer_flops / 2 * element / self.memory_bytes_per_s
-        context_s = 2 * spec.kv_width * element / self.memory_bytes_per_s
+        context_s = width * element / self.memory_bytes_per_s
         return ModelCosts(
             project=dict.fromkeys(STORAGE_DTYPES[Representation.HIDDEN], project),
             scatter=dict.fromkeys(STORAGE_DTYPES[Representation.KV], TokenCost(0.0, moved)),

@@ -16,10 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hcache_kernels import reference
 from hcache_rag.cache import RestoringCache
 from hcache_rag.compose import Composition
-from hcache_rag.models import ModelAdapter, outputs_of
+from hcache_rag.models import QUERY, ModelAdapter
 
 FIDELITY_SHARES = {"none": 0.0, "fast": 0.05, "balanced": 0.15, "high": 0.30}
 """The dial's named positions: the share of relocated tokens that is repaired."""
@@ -98,23 +97,21 @@ def relocated_slots(composition: Composition) -> npt.NDArray[np.int64]:
 def last_row_scores(adapter: ModelAdapter, cache: RestoringCache) -> npt.NDArray[np.float32]:
     """Run the pass that was begun; the attention that its last token pays each restored slot, (R,).
 
-    Summed over layers and heads.
+    Summed over layers and heads. Models whose states cannot be moved have nothing to repair, and
+    nothing is scored.
     """
     queries: list[Tensor] = []
     inputs: dict[str, Any] = cache.pass_inputs()
     with ExitStack() as hooks:
-        for module in adapter.query_projections:
-            hooks.enter_context(outputs_of(module, lambda out: queries.append(out[0, -1])))
+        for layer in range(adapter.spec.num_layers) if adapter.is_movable else ():
+            taking = adapter.catching(layer, QUERY, lambda rows: queries.append(rows[0, -1]))
+            hooks.enter_context(taking)
         adapter.decoder(**inputs, past_key_values=cache, use_cache=True)
-    last = inputs["position_ids"][0, -1:]
-    cos, sin = adapter.position_embeddings(last)
-    spec = adapter.spec
+    positions = cache.position_of_slot.to(adapter.device)
     total = torch.zeros(cache.num_restored, device=adapter.device)
     for layer, query in enumerate(queries):
-        rows = reference.rope(query.view(spec.num_heads, spec.head_dim), cos, sin)
-        keys = cache.buffers.keys[layer, 0, :, : len(cache.position_of_slot)]
-        grouped = rows.view(spec.num_kv_heads, -1, spec.head_dim)
-        logits = (grouped @ keys.transpose(1, 2)).float() * spec.head_dim**-0.5
-        total += logits.softmax(-1).sum((0, 1))[: cache.num_restored]
+        keys, values = (side[layer, 0, :, : len(positions)] for side in cache.buffers.sides)
+        weights = adapter.attention_weights(layer, query, keys, values, positions)
+        total += weights.sum(0)[: cache.num_restored]
     scores: npt.NDArray[np.float32] = total.cpu().numpy()
     return scores

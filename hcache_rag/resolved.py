@@ -82,3 +82,25 @@ def exact_ones(pieces: Sequence[ResolvedPiece], root: StateKey) -> list[Resolved
         exact = next((record for record in piece.others if record.parent == path), None)
         found.append(piece if exact is None else replace(piece, record=exact, others=()))
     return found
+
+
+def beginning_only(
+    pieces: Sequence[ResolvedPiece], root: StateKey, why_not: str
+) -> list[ResolvedPiece]:
+    """The pieces, with states only of those that the prompt begins with, each one exact.
+
+    Args:
+        why_not: what is missed of the others.
+    """
+    paths = paths_before([(piece.token_ids, piece.record) for piece in pieces], root)
+    without, is_whole = len(pieces) - len(paths), True
+    found = list(pieces[:without])
+    for path, piece in zip(paths, pieces[without:], strict=True):
+        record = piece.record
+        is_whole = is_whole and record is not None and record.parent == path
+        if record is not None and not is_whole:
+            piece = replace(piece, record=None, others=(), miss=why_not)
+        if record is None or len(piece.token_ids) < record.num_tokens:
+            is_whole = False
+        found.append(piece)
+    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from hcache_rag.layout import LayerFormat, Representation
 from hcache_rag.plan import Conditions, Cut, RestorePlan, SpanSize
@@ -47,6 +48,10 @@ class Piece:
         return self.chunks[-1].row + self.chunks[-1].tokens
 
 
+Rows: TypeAlias = tuple[tuple[int, int], ...]
+"""Runs of rows, (begin, end)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Recomputation:
     """First tokens of some spans, computed together through the first `layers` layers.
@@ -67,11 +72,14 @@ class Schedule:
         pieces: of every layer.
         recomputations: in their order, before the first layer's pieces.
         steps: all of it, reading steps first.
+        left_out: rows of every layer that are not restored, since nothing looks at them; none of
+            any layer where it is empty.
     """
 
     pieces: tuple[tuple[Piece, ...], ...]
     recomputations: tuple[Recomputation, ...]
     steps: tuple[Step, ...]
+    left_out: tuple[Rows, ...] = ()
 
 
 def schedule(
@@ -82,23 +90,26 @@ def schedule(
     fresh_tokens: int = 1,
     costs: ModelCosts | None = None,
     now: Conditions | None = None,
+    unseen: Sequence[Rows] = (),
 ) -> Schedule:
     """Lay a plan out in steps.
 
     Args:
+        unseen: rows of every layer that nothing looks at: chunks in these are left out.
         fresh_tokens: of the prompt, for the cost of the forward pass.
         costs, now: the machine; without them the steps have no costs.
     """
-    pieces = _pieces(spec.num_layers, spans, plan)
+    pieces, left_out = _pieces(spec.num_layers, spans, plan, unseen)
     recomputations = tuple(_recomputations(spec.num_layers, spans, plan.cuts))
     steps = _Steps(spec, spans, fresh_tokens, costs, now).of(pieces, recomputations)
-    return Schedule(pieces, recomputations, steps)
+    return Schedule(pieces, recomputations, steps, left_out if any(left_out) else ())
 
 
 def _pieces(
-    num_layers: int, spans: Sequence[SpanSize], plan: RestorePlan
-) -> tuple[tuple[Piece, ...], ...]:
-    known: dict[object, tuple[Piece, ...]] = {}
+    num_layers: int, spans: Sequence[SpanSize], plan: RestorePlan, unseen: Sequence[Rows]
+) -> tuple[tuple[tuple[Piece, ...], ...], tuple[Rows, ...]]:
+    """The pieces of every layer, and the rows that are left out."""
+    known: dict[object, tuple[tuple[Piece, ...], Rows]] = {}
     result = []
     for layer in range(num_layers):
         is_edge = layer in (0, num_layers - 1)
@@ -107,41 +118,50 @@ def _pieces(
             span.layout.layers[layer] if layer >= cut.layers and cut.tokens < span.tokens else None
             for span, cut in zip(spans, plan.cuts, strict=True)
         )
-        if (column, is_edge) not in known:
-            found = _pieces_of(column, spans, plan.cuts, piece_tokens)
-            known[column, is_edge] = tuple(found)
-        result.append(known[column, is_edge])
-    return tuple(result)
+        hidden_from_all = unseen[layer] if unseen else ()
+        if (column, is_edge, hidden_from_all) not in known:
+            uses = list(_uses(column, spans, plan.cuts))
+            left_out = [use for _, use in uses if _is_in(use, hidden_from_all)]
+            seen = [(fmt, use) for fmt, use in uses if use not in left_out] if left_out else uses
+            rows = tuple((use.row, use.row + use.tokens) for use in left_out)
+            known[column, is_edge, hidden_from_all] = _joined(seen, piece_tokens), rows
+        result.append(known[column, is_edge, hidden_from_all])
+    return tuple(pieces for pieces, _ in result), tuple(rows for _, rows in result)
 
 
-def _pieces_of(
-    column: Sequence[LayerFormat | None],
-    spans: Sequence[SpanSize],
-    cuts: Sequence[Cut],
-    piece_tokens: int,
-) -> list[Piece]:
-    """One layer's pieces, those that need computing most in front."""
-    pieces: list[Piece] = []
+def _is_in(use: ChunkUse, rows: Rows) -> bool:
+    return any(begin <= use.row and use.row + use.tokens <= end for begin, end in rows)
+
+
+def _uses(
+    column: Sequence[LayerFormat | None], spans: Sequence[SpanSize], cuts: Sequence[Cut]
+) -> Iterator[tuple[LayerFormat, ChunkUse]]:
+    """The chunks of one layer that are read."""
     row = 0
     for index, (fmt, span, cut) in enumerate(zip(column, spans, cuts, strict=True)):
         step = span.layout.chunk_tokens
         for chunk in range(span.layout.num_chunks(span.tokens)) if fmt is not None else ():
             first = chunk * step
-            if first < cut.tokens or fmt is None:
-                continue
-            use = ChunkUse(index, chunk, min(step, span.tokens - first), row + first)
-            last = pieces[-1] if pieces else None
-            if (
-                last is not None
-                and last.fmt == fmt
-                and last.stop == use.row
-                and last.stop - last.start < piece_tokens
-            ):
-                pieces[-1] = Piece(fmt, (*last.chunks, use))
-            else:
-                pieces.append(Piece(fmt, (use,)))
+            if first >= cut.tokens and fmt is not None:
+                yield fmt, ChunkUse(index, chunk, min(step, span.tokens - first), row + first)
         row += span.tokens
-    return sorted(pieces, key=lambda piece: piece.fmt.representation is Representation.KV)
+
+
+def _joined(uses: Sequence[tuple[LayerFormat, ChunkUse]], piece_tokens: int) -> tuple[Piece, ...]:
+    """Neighbouring chunks as pieces, those that need computing most in front."""
+    pieces: list[Piece] = []
+    for fmt, use in uses:
+        last = pieces[-1] if pieces else None
+        if (
+            last is not None
+            and last.fmt == fmt
+            and last.stop == use.row
+            and last.stop - last.start < piece_tokens
+        ):
+            pieces[-1] = Piece(fmt, (*last.chunks, use))
+        else:
+            pieces.append(Piece(fmt, (use,)))
+    return tuple(sorted(pieces, key=lambda piece: piece.fmt.representation is Representation.KV))
 
 
 def _recomputations(

@@ -18,11 +18,12 @@ class ModelSpec:
         hidden_size: width of a layer's input, `E`.
         num_heads: query heads, `H`.
         num_kv_heads: key/value heads, `G`.
-        head_dim: width of one head, `D`.
+        head_dim: width of one head of Q and K, `D`.
         window_tokens: the longest sequence that the model attends to in full.
         dtype: the dtype of weights and states, one of `DTYPE_BYTES`.
         mlp_size: width between the MLP's matrices; 0 where it is not known.
         mlp_matrices: 3 with a gate (SwiGLU), 2 without.
+        value_dim: width of one head of V; 0 where it is `head_dim`.
     """
 
     name: str
@@ -36,6 +37,7 @@ class ModelSpec:
     dtype: str
     mlp_size: int = 0
     mlp_matrices: int = 3
+    value_dim: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BYTES:
@@ -56,8 +58,13 @@ class ModelSpec:
 
     @property
     def kv_width(self) -> int:
-        """Elements of K (or of V) of one token in one layer, `d_kv = G * D`."""
+        """Elements of K of one token in one layer, `d_kv = G * D`."""
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def value_width(self) -> int:
+        """Elements of V of one token in one layer; as many as of K but in MLA."""
+        return self.num_kv_heads * (self.value_dim or self.head_dim)
 
     @property
     def dtype_bytes(self) -> int:
@@ -72,7 +79,7 @@ class ModelSpec:
     @property
     def projection_flops(self) -> int:
         """Floating-point operations of one token's way from a layer's input to K and V."""
-        return 4 * self.hidden_size * self.kv_width
+        return 2 * self.hidden_size * (self.kv_width + self.value_width)
 
     @property
     def layer_flops(self) -> int:

@@ -40,7 +40,7 @@ def stage_kv(piece: Piece, chunks: Sequence[Chunk], values: Tensor, buffers: Buf
         stored_keys, stored_values = chunks[0]
         values.copy_(stored_values)
         return stored_keys
-    staged = buffers.scratch("keys", *values.shape)
+    staged = buffers.scratch("keys", *values.shape[:2], chunks[0][0].shape[-1])
     for use, (stored_keys, stored_values, *scales) in zip(piece.chunks, chunks, strict=True):
         at = slice(use.row - piece.start, use.row - piece.start + use.tokens)
         if scales:

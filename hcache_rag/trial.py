@@ -53,7 +53,8 @@ class Reader:
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """K, as it is used at its position, and V of a layer, (G, N, D) each, by position."""
         layers: list[Any] = self._cache.layers
-        return layers[layer].keys[0], layers[layer].values[0]
+        keys, values = self._adapter.as_cached(layers[layer].keys, layers[layer].values)
+        return keys[0], values[0]
 
     @torch.no_grad()
     def behind(self, token_ids: Sequence[int]) -> Tensor:
@@ -92,7 +93,7 @@ def read_as_a_whole(
     adapter: ModelAdapter, token_ids: Sequence[int]
 ) -> Iterator[tuple[Reader, Reading]]:
     """Full prefill by transformers: the reference."""
-    cache = DynamicCache(config=adapter.model.config)
+    cache = DynamicCache()  # sliding layers as well keep all that is compared
     model: Any = adapter.model
     started = time.perf_counter()
     with torch.no_grad():

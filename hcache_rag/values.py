@@ -11,12 +11,11 @@ from hcache_kernels import (
     quantise_rows,
     quantise_rows_smoothly,
     quantise_values,
-    row_scale,
 )
 from hcache_rag import codec
 from hcache_rag.codec import ChunkShape
 from hcache_rag.layout import GROUP_CHANNELS, LayerFormat, Representation
-from hcache_rag.models import CapturedLayer, ModelAdapter, bit_words, torch_dtype
+from hcache_rag.models import CapturedLayer, ModelAdapter, bit_words, in_heads, torch_dtype
 from hcache_rag.state import StateRecord
 
 
@@ -56,7 +55,7 @@ def chunk_arrays(
         return ()
     first = caught.first[row, tokens]
     if fmt.representation is Representation.HIDDEN:
-        scales = row_scale(first, adapter.norm(layer)[1]).numpy()
+        scales = adapter.row_scale(layer, first).numpy()
         if not fmt.is_quantised:
             return _stored(first, fmt), scales
         if fmt.dtype == "int8-smooth":
@@ -67,8 +66,8 @@ def chunk_arrays(
         return integers.numpy(), scales, quant_scales.numpy()
     if caught.second is None:
         raise ValueError(f"layer {layer} was captured without V")
-    shape = (len(first), adapter.spec.num_kv_heads, adapter.spec.head_dim)
-    keys, values = (t.view(shape).transpose(0, 1) for t in (first, caught.second[row, tokens]))
+    heads, sides = adapter.spec.num_kv_heads, (first, caught.second[row, tokens])
+    keys, values = (in_heads(side, heads).transpose(0, 1) for side in sides)
     if not fmt.is_quantised:
         return _stored(keys, fmt), _stored(values, fmt)
     (stored_keys, key_scales), (stored_values, value_scales) = (

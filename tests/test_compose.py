@@ -338,3 +338,38 @@ def test_every_composition(pieces: Pieces, preamble: StateRecord | None, exact_o
         if span.is_exact:
             assert prompt[: span.position] == path_of(span.record)
         assert span.is_exact or not exact_only
+
+
+# --- what nothing looks at ----------------------------------------------------------------------
+
+
+@given(
+    gaps=st.lists(st.integers(0, 9), min_size=3, max_size=3),
+    window=st.integers(1, 12),
+)
+def test_unseen_rows_are_brute_force(gaps: list[int], window: int) -> None:
+    """A row is seen by every fresh token at most `window - 1` behind it."""
+    pieces: list[tuple[TokenIds, StateRecord | None]] = [HEAD]
+    for length, document in zip(gaps, (A, B, A), strict=True):
+        pieces += [gap(*range(500, 500 + length)), doc(document)]
+    composition = compose(pieces, ROOT, PREAMBLE)
+    expected = [
+        row
+        for row, position in enumerate(composition.restored_positions)
+        if not any(position <= fresh < position + window for fresh in composition.fresh_positions)
+    ]
+    found = [row for begin, end in composition.unseen_rows(window) for row in range(begin, end)]
+    assert found == expected
+
+
+def test_only_a_beginning_without_a_gap() -> None:
+    """The exact spans from the first token on, and nothing behind what is read between them."""
+    after_gap = state(range(400, 406), child_key(A.key, token_array([1])))
+    pieces = [HEAD, doc(A), gap(1), doc(after_gap), QUESTION]
+    whole = compose(pieces, ROOT, PREAMBLE)
+    assert [span.record for span in whole.spans] == [PREAMBLE, A, after_gap]
+    assert whole.num_exact == whole.num_restored
+    beginning = compose(pieces, ROOT, PREAMBLE, beginning_only=True)
+    assert [span.record for span in beginning.spans] == [PREAMBLE, A]
+    relocated = compose([HEAD, doc(B), doc(A), QUESTION], ROOT, PREAMBLE, beginning_only=True)
+    assert [span.record for span in relocated.spans] == [PREAMBLE, B]

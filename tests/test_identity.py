@@ -261,7 +261,7 @@ def test_the_same_configuration_rebuilt_is_the_same_model() -> None:
 def test_a_prompt_beyond_the_sliding_window_uses_no_states_of_without(
     window: int, store: StateStore
 ) -> None:
-    """It is refused, whoever has stored what."""
+    """What sliding layers compute is something else."""
     first = Reader(model_of(MISTRAL))
     first.engine(store).precompute([A, B])
     engine = Reader(rebuilt(first.model, sliding_window=window)).engine(store)

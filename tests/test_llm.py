@@ -767,9 +767,10 @@ def test_metadata_is_the_model_s_own(new_llm: Callable[..., HCacheLLM], kind: st
 
 def test_the_window_is_what_the_engine_takes(new_llm: Callable[..., HCacheLLM]) -> None:
     """LlamaIndex sizes its prompts by it: one that says too much has them refused."""
-    sliding: Any = tiny_model(next(s for s in SHAPES if s.family == "mistral"))
-    sliding.config.sliding_window = 512
-    llm = new_llm(model=sliding)
+    short: Any = tiny_model(next(s for s in SHAPES if s.family == "mistral"))
+    short.config.max_position_embeddings = 512
+    short.config.sliding_window = 64  # which ends no prompt
+    llm = new_llm(model=short)
     assert llm.complete("x" * 500).text
     with pytest.raises(PromptTooLongError, match="window is 512 tokens"):
         llm.complete("x" * 600)

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hcache_rag import GenerationOptions, HCacheEngine
 from hcache_rag.executor import open_restoring
+from hcache_rag.models import QUERY
 from hcache_rag.repair import FIDELITY_SHARES, begin_repair, last_row_scores, select_tokens
 
 TOKENIZER = byte_tokenizer()
@@ -272,7 +273,8 @@ def test_scores_are_the_last_row_of_attention(
             with open_restoring(one.adapter, composition, buffers, one.store) as (cache, _):
                 scores = last_row_scores(one.adapter, cache)
     np.testing.assert_allclose(scores, expected.numpy(), rtol=1e-4, atol=1e-5)
-    assert not any(m._forward_hooks for m in one.adapter.query_projections)
+    taps = [one.adapter.tap(layer, QUERY) for layer in range(shape.layers)]
+    assert not any(tap.module._forward_hooks for tap in taps)
 
 
 def test_repaired_tokens_are_counted(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

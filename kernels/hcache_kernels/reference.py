@@ -13,11 +13,39 @@ def rms_norm(hidden: Tensor, gain: Tensor, eps: float) -> Tensor:
     return gain * rows.to(hidden.dtype)
 
 
-def rope(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `keys` (G, T, D) to the positions of `cos`, `sin` (T, D), half-split style."""
-    half = keys.shape[-1] // 2
-    rotated = torch.cat((-keys[..., half:], keys[..., :half]), dim=-1)
-    return (keys * cos) + (rotated * sin)
+def layer_norm(hidden: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """LayerNorm of `hidden` (T, E), computed in float32."""
+    rows = hidden.float()
+    rows = rows - rows.mean(-1, keepdim=True)
+    rows = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + eps)
+    return (rows * gain.float() + shift.float()).to(hidden.dtype)
+
+
+def rope(keys: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool = False) -> Tensor:
+    """Rotate `keys` (G, T, D) to the positions of `cos`, `sin` (T, R), in the widest dtype.
+
+    The first `R` channels are rotated in pairs: channel `i` with `i + R / 2`, or where
+    `is_interleaved`, `2 i` with `2 i + 1`.
+    """
+    width = cos.shape[-1]
+    turned, rest = keys[..., :width], keys[..., width:]
+    if is_interleaved:
+        rotated = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
+    else:
+        rotated = torch.cat((-turned[..., width // 2 :], turned[..., : width // 2]), dim=-1)
+    turned = (turned * cos) + (rotated * sin)
+    return torch.cat((turned, rest.to(turned.dtype)), dim=-1) if rest.shape[-1] else turned
+
+
+def rope_undone(keys: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool = False) -> Tensor:
+    """What `rope` made `keys` (G, T, D) of, in float32.
+
+    Turned back by the same angle; the scale that some kinds of RoPE have is undone as well.
+    """
+    cos, sin, width = cos.float(), sin.float(), cos.shape[-1]
+    plain = rope(keys.float(), cos, -sin, is_interleaved=is_interleaved)
+    plain[..., :width] /= cos.square() + sin.square()
+    return plain
 
 
 def project_kv(

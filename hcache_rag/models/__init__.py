@@ -1,0 +1,38 @@
+"""Language models as capturing and restoring see them: families, adapters, loading."""
+
+from hcache_rag.models.adapter import (
+    KEY,
+    QUERY,
+    VALUE,
+    CapturedLayer,
+    ModelAdapter,
+    Projection,
+    in_heads,
+)
+from hcache_rag.models.configuration import spec_of, why_refused
+from hcache_rag.models.families import FAMILIES, Family, Positions
+from hcache_rag.models.hooks import inputs_of, outputs_of
+from hcache_rag.models.loading import load_config, load_model
+from hcache_rag.models.tensors import bit_words, tensor_of, torch_dtype
+
+__all__ = [
+    "FAMILIES",
+    "KEY",
+    "QUERY",
+    "VALUE",
+    "CapturedLayer",
+    "Family",
+    "ModelAdapter",
+    "Positions",
+    "Projection",
+    "bit_words",
+    "in_heads",
+    "inputs_of",
+    "load_config",
+    "load_model",
+    "outputs_of",
+    "spec_of",
+    "tensor_of",
+    "torch_dtype",
+    "why_refused",
+]

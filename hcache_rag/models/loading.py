@@ -1,0 +1,60 @@
+"""Models and their configurations from folders, offline."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hcache_rag.errors import ModelNotFoundError, UnsupportedModelError
+from hcache_rag.models.configuration import why_refused
+from hcache_rag.models.tensors import torch_dtype
+
+
+def load_config(path: str) -> Any:
+    """The configuration of the model in a folder, without its weights, offline.
+
+    Raises:
+        ModelNotFoundError: the folder holds no model.
+        UnsupportedModelError: models of its kind cannot be served.
+    """
+    from transformers import AutoConfig
+
+    if not os.path.isdir(path):
+        raise ModelNotFoundError(f"{path} is not a model: no such folder")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelNotFoundError(f"{path} is not a model: {reason}") from error
+    refused = why_refused(config)
+    if refused is not None:
+        raise UnsupportedModelError(
+            f"{path} is of family {config.model_type!r}, which cannot be served: {refused}"
+        )
+    return config
+
+
+def load_model(
+    path: str, *, dtype: str = "float32", device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer from a folder, offline.
+
+    Raises:
+        ModelNotFoundError: the folder holds no model that transformers can load.
+        UnsupportedModelError: models of its kind cannot be served.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    load_config(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype(dtype))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelNotFoundError(f"{path} cannot be loaded: {reason}") from error
+    model.eval()
+    model.to(torch.device(device))
+    return model, tokenizer
