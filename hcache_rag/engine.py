@@ -50,7 +50,7 @@ from hcache_rag.prompt import Tokenization, Tokenizer
 from hcache_rag.provenance import Generation, Provenance
 from hcache_rag.repair import begin_repair, recommended, repair_share
 from hcache_rag.resolved import Resolved, ResolvedPiece, exact_ones
-from hcache_rag.sequences import PendingState
+from hcache_rag.sequences import BATCH_TOKENS, PendingState
 from hcache_rag.state import StateRecord, TokenIds, root_key
 from hcache_rag.store import StateStore
 from hcache_rag.streaming import GenerationStream
@@ -197,7 +197,9 @@ class HCacheEngine:
         self._catalogue = Catalogue(
             self.store, self._tokens, self.root, self._parent, self._announced
         )
-        costs = self._profile.costs_of(self.adapter.spec) if self._profile is not None else None
+        self._costs = (
+            self._profile.costs_of(self.adapter.spec) if self._profile is not None else None
+        )
         self.paths = Paths(
             self.adapter,
             self.store,
@@ -205,23 +207,37 @@ class HCacheEngine:
             self.root,
             max_bytes=self._paths_max_bytes,
             is_usable=lambda record: self._why_not(record) is None,
-            costs=costs,
+            costs=self._costs,
         )
         self._keeper = Keeper(
             self.adapter, self.paths, self._tokens, self.root, recurring=self._keep_recurring
         )
-        self._indexer = Indexer(
+        self._indexer = self._indexer_into(self.store, self._prefixes, BATCH_TOKENS)
+
+    def _indexer_into(self, store: StateStore, prefixes: Prefixes, batch_tokens: int) -> Indexer:
+        preamble_ids = self._tokens.preamble(self.preamble, add_bos=self.add_bos)
+        return Indexer(
             self.adapter,
-            self.store,
+            store,
             self._tokens,
-            self._prefixes,
+            prefixes,
             self.choice,
             self.root,
             PendingState(self.root, preamble_ids, self.preamble),
             is_chained=self.context_at_index == "documents",
             is_kept=self._is_kept,
-            costs=costs,
+            costs=self._costs,
+            batch_tokens=batch_tokens,
         )
+
+    def indexer(self, store: StateStore, *, batch_tokens: int = BATCH_TOKENS) -> Indexer:
+        """What reads texts as this engine does, and keeps their states in another store.
+
+        Args:
+            batch_tokens: that are read at once, padding included.
+        """
+        self._follow_model()
+        return self._indexer_into(store, self._prefixes, batch_tokens)
 
     def _set_fidelity(self, fidelity: str | float) -> None:
         self.repair_share = repair_share(fidelity)
