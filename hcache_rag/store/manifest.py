@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+import uuid
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -116,10 +117,12 @@ class Manifest:
 
     Args:
         path: the file that names them.
+        id: a random name, made with the manifest.
         unit_documents: documents of a unit of work.
     """
 
     path: Path
+    id: str
     shards: tuple[Shard, ...]
     unit_documents: int = UNIT_DOCUMENTS
 
@@ -144,7 +147,7 @@ class Manifest:
             if any(path.parent.glob("data.mdb")):
                 raise StoreOpenError(f"{path.parent} is a store of one file, not of shards")
             if not path.exists():
-                text = _text(names, unit_documents)
+                text = _text(uuid.uuid4().hex, names, unit_documents)
                 write_whole(path, text, only_if_new=True)
         except OSError as error:
             raise StoreOpenError(f"{path} cannot be written: {error.strerror}") from error
@@ -166,18 +169,25 @@ class Manifest:
         file = Path(path).expanduser().absolute()
         file = file / MANIFEST_FILE if file.is_dir() else file
         try:
-            head = read_json(file.read_text())
+            text = file.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise StoreOpenError(f"cannot read {file}: {error}") from error
+        return cls._parsed(file, text)
+
+    @classmethod
+    def _parsed(cls, file: Path, text: str) -> Manifest:
+        try:
+            head = read_json(text)
             if head["format"] != FORMAT:
                 raise ValueError(f"format {head['format']}, this release reads {FORMAT}")
             shards = tuple(_shard(file.parent, place) for place in head["shards"])
             unit_documents = int(head.get("unit_documents", UNIT_DOCUMENTS))
-        except OSError as error:
-            raise StoreOpenError(f"cannot read {file}: {error.strerror}") from error
+            found = cls(file, str(head["id"]), shards, unit_documents)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreOpenError(f"{file} is not a manifest of shards: {error!r}") from error
         if len({shard.name for shard in shards}) != len(shards):
             raise StoreOpenError(f"{file} names a shard twice")
-        return cls(file, shards, unit_documents)
+        return found
 
     def shard(self, name_or_number: str | int) -> Shard:
         """One of the shards.
@@ -192,12 +202,27 @@ class Manifest:
 
     def with_shard(self, place: str | os.PathLike[str]) -> Manifest:
         """The manifest with a shard more, written down; nothing that is stored is touched."""
-        return self._written([*map(self._entry, self.shards), os.fspath(place)])
+        return self.with_shards([place])
 
     def without_shard(self, name: str) -> Manifest:
         """The manifest with a shard less, written down; the shard's files stay."""
-        self.shard(name)
-        return self._written([self._entry(s) for s in self.shards if s.name != name])
+        return self.with_shards([], without=[name])
+
+    def with_shards(
+        self, places: Iterable[str | os.PathLike[str]], without: Iterable[str] = ()
+    ) -> Manifest:
+        """The manifest with some shards more and some less, written down in one step.
+
+        Raises:
+            ValueError: a shard that is to go is not there.
+            StoreOpenError: two shards would have one name.
+        """
+        gone = {self.shard(name).name for name in without}
+        left = [self._entry(shard) for shard in self.shards if shard.name not in gone]
+        every = [*left, *(os.fspath(place) for place in places)]
+        changed = Manifest._parsed(self.path, _text(self.id, every, self.unit_documents))
+        write_whole(self.path, _text(self.id, every, self.unit_documents))
+        return changed
 
     def _entry(self, shard: Shard) -> str:
         """A shard as the file names it."""
@@ -205,10 +230,6 @@ class Manifest:
             if shard.folder.parent == self.path.parent:
                 return shard.name
         return shard.place
-
-    def _written(self, places: Sequence[str]) -> Manifest:
-        write_whole(self.path, _text(places, self.unit_documents))
-        return Manifest.open(self.path)
 
 
 def manifest_at(path: str | os.PathLike[str]) -> Path | None:
@@ -236,8 +257,13 @@ def write_whole(path: Path, text: str, *, only_if_new: bool = False) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _text(places: Iterable[str], unit_documents: int) -> str:
-    head = {"format": FORMAT, "unit_documents": unit_documents, "shards": list(places)}
+def _text(store_id: str, places: Iterable[str], unit_documents: int) -> str:
+    head = {
+        "format": FORMAT,
+        "id": store_id,
+        "unit_documents": unit_documents,
+        "shards": list(places),
+    }
     return json.dumps(head, indent=1) + "\n"
 
 
