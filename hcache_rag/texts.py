@@ -241,7 +241,9 @@ class JoinedView:
         The longest text that begins `tail`, which somebody may go on to look for, is one of them or
         begins one of them.
         """
-        pairs = [view.around(tail) for view in self._views]
+        anchor = anchor_hashes(tail[:ANCHOR_CHARS])  # none where the tail is shorter
+        views = (v for v in self._views if not len(anchor) or v.anchors.places(anchor)[0])
+        pairs = [view.around(tail) for view in views]
         below = [text for text, _ in pairs if text is not None]
         above = [text for _, text in pairs if text is not None]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from heapq import merge
 from pathlib import Path
@@ -29,7 +29,7 @@ from hcache_rag.store.rows import NewState
 from hcache_rag.store.states import DEFAULT_NAMESPACE, StateStore, StoreReader, open_again
 from hcache_rag.store.tables import Counters, Entry, Totals
 from hcache_rag.store.verify import Damage, VerifyReport
-from hcache_rag.texts import JoinedView, TextView
+from hcache_rag.texts import ANCHOR_CHARS, Anchors, Hashes, JoinedView, TextView, anchor_hashes
 
 logger = logging.getLogger("hcache_rag")
 
@@ -38,10 +38,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """A shard that is open; it may be written unless its store is read-only."""
+    """A shard that is open; it may be written unless its store is read-only.
+
+    `is_final`: it never changes any more.
+    """
 
     name: str
     store: StateStore
+    is_final: bool
 
 
 class ShardedStore(StateStore):
@@ -68,6 +72,7 @@ class ShardedStore(StateStore):
         self._opened = sorted(opened, key=lambda shard: shard.store.read_only)
         self._writable = {s.name: s.store for s in self._opened if not s.store.read_only}
         self._placement = Placement(sorted(self._writable))
+        self._anchors: dict[str, Anchors] = {}
         self._is_open = True
 
     @classmethod
@@ -102,7 +107,7 @@ class ShardedStore(StateStore):
                     write_wait_s=write_wait_s,
                     read_only=is_fixed,
                 )
-                opened.append(_Opened(shard.name, store))
+                opened.append(_Opened(shard.name, store, shard.is_published))
             except StoreError as error:
                 down[shard.name] = str(error)
                 logger.warning("shard %s cannot be used: %s", shard.name, error)
@@ -116,7 +121,8 @@ class ShardedStore(StateStore):
         if namespace_max_bytes is not None and self._writable:
             share = max(1 << 20, namespace_max_bytes // len(self._writable))
         opened = [
-            _Opened(s.name, s.store.beside(purpose, namespace_max_bytes=share)) for s in self._all
+            _Opened(s.name, s.store.beside(purpose, namespace_max_bytes=share), s.is_final)
+            for s in self._all
         ]
         return ShardedStore(
             self.manifest,
@@ -150,9 +156,21 @@ class ShardedStore(StateStore):
         if not self._is_open:
             raise StoreError(f"the store {self.path} is closed")
 
-    def _asked(self, ask: Callable[[StateStore], T]) -> Iterator[T]:
-        """What each shard answers; one that cannot is passed over."""
+    def _asked(self, ask: Callable[[StateStore], T], anchor: Hashes | None = None) -> Iterator[T]:
+        """What each shard answers; one that cannot is passed over.
+
+        Args:
+            anchor: of a text that is asked for; final shards that have none such are passed over.
+        """
         for shard in self._all:
+            known = self._anchors.get(shard.name)
+            if (
+                anchor is not None
+                and len(anchor)
+                and known is not None
+                and not known.places(anchor)[0]
+            ):
+                continue
             try:
                 answer = ask(shard.store)
             except StoreError as error:
@@ -186,10 +204,12 @@ class ShardedStore(StateStore):
         num_bytes = 0
         for name, its in by_shard.items():
             num_bytes += writable[name].put_all(its)
-            for other, store in writable.items():
-                for state in its:  # where other shards were there, it may have been placed there
-                    if other != name and state.record.key in store:
-                        store.delete(state.record.key)
+            # Where other shards were there, they may have been placed in one of these.
+            for other in writable.keys() - {name}:
+                with writable[other].reading() as reader:
+                    stale = [s.record.key for s in its if reader.record(s.record.key) is not None]
+                for key in stale:
+                    writable[other].delete(key)
         return num_bytes
 
     def record(self, key: StateKey) -> StateRecord | None:
@@ -202,7 +222,8 @@ class ShardedStore(StateStore):
 
     def find(self, text: str) -> list[StateRecord]:
         found: dict[StateKey, StateRecord] = {}
-        for records in self._asked(lambda store: store.find(text)):
+        anchor = anchor_hashes(text[:ANCHOR_CHARS])
+        for records in self._asked(lambda store: store.find(text), anchor):
             for record in records:
                 found.setdefault(record.key, record)
         return list(found.values())
@@ -210,20 +231,18 @@ class ShardedStore(StateStore):
     @contextmanager
     def looking(self) -> Iterator[TextView]:
         with ExitStack() as stack:
-            views = self._asked(lambda store: stack.enter_context(store.looking()))
-            yield JoinedView(list(views))
+            views = list(self._asked(lambda store: stack.enter_context(store.looking())))
+            if len(views) == len(self._opened):
+                finals = zip(self._opened, views, strict=True)
+                self._anchors = {shard.name: v.anchors for shard, v in finals if shard.is_final}
+            yield JoinedView(views)
 
     @contextmanager
     def reading(self, keys: Collection[StateKey] = ()) -> Iterator[StoreReader]:
-        """See `StateStore.reading`; of published shards, only those that have the keys are read."""
+        """See `StateStore.reading`."""
         with ExitStack() as stack:
-            readers = []
-            for shard in self._all:
-                its = [key for key in keys if shard.store.record(key) is not None]
-                if its or not keys or not shard.store.read_only:
-                    with suppress(StoreError):
-                        readers.append(stack.enter_context(shard.store.reading(its)))
-            yield _JoinedReader(readers)
+            readers = self._asked(lambda store: stack.enter_context(store.reading(keys)))
+            yield _JoinedReader(list(readers))
 
     def delete(self, key: StateKey, *, unless_changed: StateRecord | None = None) -> bool:
         """See `StateStore.delete`.
