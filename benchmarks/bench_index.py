@@ -248,9 +248,10 @@ def many(folder: Path, documents: int) -> dict[str, Any]:
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(
-        f"million   {documents:,} documents in {SHARDS} shards (filled in {filled_s:.0f} s): opened "
-        f"and searched a first prompt in {found['open_s']:.2f} s; the next ten documents found in "
-        f"{1e3 * found['match_s']:.1f} ms, their values read in {1e3 * found['read_s']:.2f} ms"
+        f"million   {documents:,} documents in {SHARDS} shards (filled in {filled_s:.0f} s): "
+        f"opened and searched a first prompt in {found['open_s']:.2f} s; the next ten documents "
+        f"found in {1e3 * found['match_s']:.1f} ms, their values read in "
+        f"{1e3 * found['read_s']:.2f} ms"
     )
     return {"part": "million", "documents": documents, "shards": SHARDS, **found}
 

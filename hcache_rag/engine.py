@@ -30,6 +30,7 @@ from hcache_rag.errors import (
     PromptTooLongError,
     StateError,
     StoreError,
+    UnreachableStateError,
     UnsupportedModelError,
 )
 from hcache_rag.executor import Readable, open_restoring, span_sizes
@@ -279,8 +280,13 @@ class HCacheEngine:
         self._warned.discard(record.text)
 
     def announce(self, texts: Iterable[str]) -> None:
-        """Say that these texts are documents, so that a missing state is noticed and counted."""
-        self._announced.add(texts)
+        """Say that these texts are documents, which may be asked for soon.
+
+        A missing state is noticed and counted then, and one in a remote shard is on its way.
+        """
+        known = list(texts)
+        self._announced.add(known)
+        self.store.prefetch(known)
 
     def count_tokens(self, prompt: str) -> int:
         """Tokens of a prompt as it would be read."""
@@ -589,7 +595,8 @@ class HCacheEngine:
         self, pieces: Sequence[ResolvedPiece], error: StateError, warnings: list[str]
     ) -> list[ResolvedPiece]:
         """The same pieces, with the state that failed dropped from them and from the store."""
-        message = f"{error}; it was dropped and its tokens are read afresh"
+        what = "is left" if isinstance(error, UnreachableStateError) else "was dropped"
+        message = f"{error}; it {what} and its tokens are read afresh"
         warnings.append(message)
         logger.warning(message)
         used = next((p for p in pieces if p.record and p.record.key == error.key), None)
@@ -607,6 +614,8 @@ class HCacheEngine:
 
     def _drop(self, error: StateError, used: StateRecord | None) -> None:
         """Drop a document's state that failed, unless another one is there by now."""
+        if isinstance(error, UnreachableStateError):
+            return  # it is as it was, and may be reached the next time
         record = self.store.record(error.key)
         text = record.text if record is not None else ""
         self._catalogue.mark_damaged(error.key, text, f"damaged state ({error.reason})")

@@ -13,7 +13,7 @@ import os
 import uuid
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ MANIFEST_FILE = "shards.json"
 FORMAT = 1
 UNIT_DOCUMENTS = 256
 """Documents of a unit of work, unless the manifest says otherwise."""
+NEAR_MAX_BYTES = 8 << 30
+"""What states from afar may take on this disk, unless the manifest says otherwise."""
 
 _UNITS_FILE, _PUBLISHED_FILE = "units.jsonl", "published.json"
 
@@ -119,12 +121,14 @@ class Manifest:
         path: the file that names them.
         id: a random name, made with the manifest.
         unit_documents: documents of a unit of work.
+        near_max_bytes: that states of remote shards may take on this disk.
     """
 
     path: Path
     id: str
     shards: tuple[Shard, ...]
     unit_documents: int = UNIT_DOCUMENTS
+    near_max_bytes: int = NEAR_MAX_BYTES
 
     @classmethod
     def create(
@@ -182,7 +186,8 @@ class Manifest:
                 raise ValueError(f"format {head['format']}, this release reads {FORMAT}")
             shards = tuple(_shard(file.parent, place) for place in head["shards"])
             unit_documents = int(head.get("unit_documents", UNIT_DOCUMENTS))
-            found = cls(file, str(head["id"]), shards, unit_documents)
+            near_max_bytes = int(head.get("near_max_bytes", NEAR_MAX_BYTES))
+            found = cls(file, str(head["id"]), shards, unit_documents, near_max_bytes)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreOpenError(f"{file} is not a manifest of shards: {error!r}") from error
         if len({shard.name for shard in shards}) != len(shards):
@@ -220,9 +225,14 @@ class Manifest:
         gone = {self.shard(name).name for name in without}
         left = [self._entry(shard) for shard in self.shards if shard.name not in gone]
         every = [*left, *(os.fspath(place) for place in places)]
-        changed = Manifest._parsed(self.path, _text(self.id, every, self.unit_documents))
-        write_whole(self.path, _text(self.id, every, self.unit_documents))
+        text = _text(self.id, every, self.unit_documents, self.near_max_bytes)
+        changed = Manifest._parsed(self.path, text)
+        write_whole(self.path, text)
         return changed
+
+    def with_near_max_bytes(self, num_bytes: int) -> Manifest:
+        """The manifest with another limit of what is kept near, written down."""
+        return replace(self, near_max_bytes=num_bytes).with_shards([])
 
     def _entry(self, shard: Shard) -> str:
         """A shard as the file names it."""
@@ -257,11 +267,17 @@ def write_whole(path: Path, text: str, *, only_if_new: bool = False) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _text(store_id: str, places: Iterable[str], unit_documents: int) -> str:
+def _text(
+    store_id: str,
+    places: Iterable[str],
+    unit_documents: int,
+    near_max_bytes: int = NEAR_MAX_BYTES,
+) -> str:
     head = {
         "format": FORMAT,
         "id": store_id,
         "unit_documents": unit_documents,
+        "near_max_bytes": near_max_bytes,
         "shards": list(places),
     }
     return json.dumps(head, indent=1) + "\n"

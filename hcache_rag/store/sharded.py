@@ -25,6 +25,7 @@ from hcache_rag.store.description import belonging
 from hcache_rag.store.manifest import Manifest, Shard
 from hcache_rag.store.models import StoredModel
 from hcache_rag.store.placement import Placement
+from hcache_rag.store.remote import Near, RemoteStore
 from hcache_rag.store.rows import NewState
 from hcache_rag.store.states import DEFAULT_NAMESPACE, StateStore, StoreReader, open_again
 from hcache_rag.store.tables import Counters, Entry, Totals
@@ -43,9 +44,13 @@ class _Opened:
     `is_final`: it never changes any more.
     """
 
-    name: str
+    shard: Shard
     store: StateStore
     is_final: bool
+
+    @property
+    def name(self) -> str:
+        return self.shard.name
 
 
 class ShardedStore(StateStore):
@@ -63,6 +68,7 @@ class ShardedStore(StateStore):
         read_only: bool,
         opened: Sequence[_Opened],
         down: Mapping[str, str],
+        near: Near | None = None,
     ) -> None:
         self.manifest = manifest
         self.path = manifest.path.parent
@@ -72,6 +78,7 @@ class ShardedStore(StateStore):
         self._opened = sorted(opened, key=lambda shard: shard.store.read_only)
         self._writable = {s.name: s.store for s in self._opened if not s.store.read_only}
         self._placement = Placement(sorted(self._writable))
+        self._near = near
         self._anchors: dict[str, Anchors] = {}
         self._is_open = True
 
@@ -94,26 +101,36 @@ class ShardedStore(StateStore):
         manifest = Manifest.open(path)
         opened: list[_Opened] = []
         down: dict[str, str] = {}
+        near = None
+        if any(shard.is_remote for shard in manifest.shards):
+            near = Near(manifest.path.parent / "near", namespace, manifest.near_max_bytes)
         for shard in manifest.shards:
             is_fixed = read_only or shard.is_published
             if is_fixed and _is_not_begun(shard):
                 continue
             try:
-                store = StateStore.open(
-                    shard.folder,
-                    namespace=namespace,
-                    key=key,
-                    durability=durability,
-                    write_wait_s=write_wait_s,
-                    read_only=is_fixed,
-                )
-                opened.append(_Opened(shard.name, store, shard.is_published))
+                if near is not None and shard.is_remote:
+                    if key is not None:
+                        raise StoreOpenError("what is encrypted is not read from afar")
+                    store: StateStore = RemoteStore.open_url(shard.place, near, namespace=namespace)
+                else:
+                    store = StateStore.open(
+                        shard.folder,
+                        namespace=namespace,
+                        key=key,
+                        durability=durability,
+                        write_wait_s=write_wait_s,
+                        read_only=is_fixed,
+                    )
+                opened.append(_Opened(shard, store, shard.is_published))
             except StoreError as error:
                 down[shard.name] = str(error)
                 logger.warning("shard %s cannot be used: %s", shard.name, error)
         if down and not opened:
+            if near is not None:
+                near.close()
             raise StoreOpenError(f"no shard of {path} can be opened: {next(iter(down.values()))}")
-        return cls(manifest, namespace, read_only=read_only, opened=opened, down=down)
+        return cls(manifest, namespace, read_only=read_only, opened=opened, down=down, near=near)
 
     def beside(self, purpose: str, *, namespace_max_bytes: int | None = None) -> StateStore:
         """See `StateStore.beside`; a limit is shared by the shards that may be written."""
@@ -121,8 +138,9 @@ class ShardedStore(StateStore):
         if namespace_max_bytes is not None and self._writable:
             share = max(1 << 20, namespace_max_bytes // len(self._writable))
         opened = [
-            _Opened(s.name, s.store.beside(purpose, namespace_max_bytes=share), s.is_final)
+            _Opened(s.shard, s.store.beside(purpose, namespace_max_bytes=share), s.is_final)
             for s in self._all
+            if not s.shard.is_remote
         ]
         return ShardedStore(
             self.manifest,
@@ -243,6 +261,12 @@ class ShardedStore(StateStore):
         with ExitStack() as stack:
             readers = self._asked(lambda store: stack.enter_context(store.reading(keys)))
             yield _JoinedReader(list(readers))
+
+    def prefetch(self, texts: Iterable[str]) -> None:
+        if self._near is not None:
+            known = list(texts)
+            for shard in self._all:
+                shard.store.prefetch(known)
 
     def delete(self, key: StateKey, *, unless_changed: StateRecord | None = None) -> bool:
         """See `StateStore.delete`.
@@ -427,6 +451,8 @@ class ShardedStore(StateStore):
             self._is_open = False
             for shard in self._opened:
                 shard.store.close()
+            if self._near is not None:
+                self._near.close()
 
     def __reduce__(self) -> tuple[Callable[..., StateStore], tuple[Any, ...]]:
         for shard in self._opened:

@@ -343,6 +343,9 @@ class StateStore:
         finally:
             pins.remove(pinned)
 
+    def prefetch(self, texts: Iterable[str]) -> None:
+        """These texts may be asked for soon: those in remote shards begin to come."""
+
     def delete(self, key: StateKey, *, unless_changed: StateRecord | None = None) -> bool:
         """Delete a state; False where there was none.
 
