@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         StoreFullError,
         StoreMovedError,
         StoreOpenError,
+        UnreachableStateError,
         UnsupportedModelError,
     )
     from hcache_rag.generation import GenerationOptions
@@ -59,6 +60,7 @@ __all__ = [
     "StoreFullError",
     "StoreMovedError",
     "StoreOpenError",
+    "UnreachableStateError",
     "UnsupportedModelError",
 ]
 

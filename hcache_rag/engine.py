@@ -30,6 +30,7 @@ from hcache_rag.errors import (
     PromptTooLongError,
     StateError,
     StoreError,
+    UnreachableStateError,
     UnsupportedModelError,
 )
 from hcache_rag.executor import Readable, open_restoring, span_sizes
@@ -51,7 +52,7 @@ from hcache_rag.provenance import Generation, Provenance
 from hcache_rag.repair import begin_repair, recommended, repair_share
 from hcache_rag.resolved import Resolved, ResolvedPiece, beginning_only, exact_ones
 from hcache_rag.schedule import Rows
-from hcache_rag.sequences import PendingState
+from hcache_rag.sequences import BATCH_TOKENS, PendingState
 from hcache_rag.state import StateRecord, TokenIds, root_key
 from hcache_rag.store import StateStore
 from hcache_rag.streaming import GenerationStream
@@ -201,7 +202,9 @@ class HCacheEngine:
         self._catalogue = Catalogue(
             self.store, self._tokens, self.root, self._parent, self._announced
         )
-        costs = self._profile.costs_of(self.adapter.spec) if self._profile is not None else None
+        self._costs = (
+            self._profile.costs_of(self.adapter.spec) if self._profile is not None else None
+        )
         self.paths = Paths(
             self.adapter,
             self.store,
@@ -209,7 +212,7 @@ class HCacheEngine:
             self.root,
             max_bytes=self._paths_max_bytes,
             is_usable=lambda record: self._why_not(record) is None,
-            costs=costs,
+            costs=self._costs,
         )
         self._keeper = Keeper(
             self.adapter,
@@ -218,18 +221,32 @@ class HCacheEngine:
             self.root,
             recurring=self._keep_recurring and not self.store.read_only,
         )
-        self._indexer = Indexer(
+        self._indexer = self._indexer_into(self.store, self._prefixes, BATCH_TOKENS)
+
+    def _indexer_into(self, store: StateStore, prefixes: Prefixes, batch_tokens: int) -> Indexer:
+        preamble_ids = self._tokens.preamble(self.preamble, add_bos=self.add_bos)
+        return Indexer(
             self.adapter,
-            self.store,
+            store,
             self._tokens,
-            self._prefixes,
+            prefixes,
             self.choice,
             self.root,
             PendingState(self.root, preamble_ids, self.preamble),
             is_chained=self.context_at_index == "documents",
             is_kept=self._is_kept,
-            costs=costs,
+            costs=self._costs,
+            batch_tokens=batch_tokens,
         )
+
+    def indexer(self, store: StateStore, *, batch_tokens: int = BATCH_TOKENS) -> Indexer:
+        """What reads texts as this engine does, and keeps their states in another store.
+
+        Args:
+            batch_tokens: that are read at once, padding included.
+        """
+        self._follow_model()
+        return self._indexer_into(store, self._prefixes, batch_tokens)
 
     def _set_fidelity(self, fidelity: str | float) -> None:
         self.repair_share = repair_share(fidelity)
@@ -271,8 +288,13 @@ class HCacheEngine:
         self._warned.discard(record.text)
 
     def announce(self, texts: Iterable[str]) -> None:
-        """Say that these texts are documents, so that a missing state is noticed and counted."""
-        self._announced.add(texts)
+        """Say that these texts are documents, which may be asked for soon.
+
+        A missing state is noticed and counted then, and one in a remote shard is on its way.
+        """
+        known = list(texts)
+        self._announced.add(known)
+        self.store.prefetch(known)
 
     def count_tokens(self, prompt: str) -> int:
         """Tokens of a prompt as it would be read."""
@@ -606,7 +628,8 @@ class HCacheEngine:
         self, pieces: Sequence[ResolvedPiece], error: StateError, warnings: list[str]
     ) -> list[ResolvedPiece]:
         """The same pieces, with the state that failed dropped from them and from the store."""
-        message = f"{error}; it was dropped and its tokens are read afresh"
+        what = "is left" if isinstance(error, UnreachableStateError) else "was dropped"
+        message = f"{error}; it {what} and its tokens are read afresh"
         warnings.append(message)
         logger.warning(message)
         used = next((p for p in pieces if p.record and p.record.key == error.key), None)
@@ -624,6 +647,8 @@ class HCacheEngine:
 
     def _drop(self, error: StateError, used: StateRecord | None) -> None:
         """Drop a document's state that failed, unless another one is there by now."""
+        if isinstance(error, UnreachableStateError):
+            return  # it is as it was, and may be reached the next time
         record = self.store.record(error.key)
         text = record.text if record is not None else ""
         self._catalogue.mark_damaged(error.key, text, f"damaged state ({error.reason})")

@@ -15,7 +15,8 @@
     │   └── StoreFullError           the file or the disk has no room for another state
     └── StateError                   one stored state cannot be used; never reaches a question:
         ├── DamagedStateError        the engine recomputes the span, counts it and warns
-        └── MissingStateError
+        ├── MissingStateError
+        └── UnreachableStateError    it is behind a network, and does not come now
 
 Bad arguments raise `ValueError` or `TypeError` at once, with the numbers that disagree.
 """
@@ -132,3 +133,7 @@ class DamagedStateError(StateError):
 
 class MissingStateError(StateError):
     """A state, or a part of one, is not in the store."""
+
+
+class UnreachableStateError(StateError):
+    """A state is in a remote shard, and could not be fetched now; later it may be."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from transformers import DynamicCache
@@ -19,6 +20,7 @@ from hcache_rag.prefixes import Prefixes
 from hcache_rag.profile import ModelCosts
 from hcache_rag.prompt import Tokenizer
 from hcache_rag.sequences import (
+    BATCH_TOKENS,
     CHAIN_TOKENS,
     PendingState,
     TokenRow,
@@ -59,6 +61,20 @@ class PrecomputeReport:
     continued_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class UnitReport:
+    """What a call of `Indexer.precompute_unit` did.
+
+    Args:
+        done: of these, what was computed now, and what was there already.
+        tokens, num_bytes: of all states of the unit.
+    """
+
+    done: PrecomputeReport
+    tokens: int
+    num_bytes: int
+
+
 @dataclass(slots=True)
 class _Sums:
     """Of what has been stored so far."""
@@ -79,6 +95,7 @@ class Indexer:
         is_chained: texts are read one behind another, see `hcache_rag.sequences`.
         is_kept: whether a state that is stored already in some layout will do.
         costs: of the model on this machine, where they are known.
+        batch_tokens: that are read at once, padding included.
     """
 
     def __init__(
@@ -93,6 +110,7 @@ class Indexer:
         is_chained: bool = False,
         is_kept: Callable[[StateLayout], bool] = lambda _layout: True,
         costs: ModelCosts | None = None,
+        batch_tokens: int = BATCH_TOKENS,
     ) -> None:
         self._adapter = adapter
         self._store = store
@@ -104,6 +122,7 @@ class Indexer:
         self._is_chained = is_chained
         self._is_kept = is_kept
         self._costs = costs
+        self._batch_tokens = batch_tokens
         self._one_at_a_time = threading.Lock()
 
     def precompute(
@@ -146,6 +165,59 @@ class Indexer:
             sums.continued_tokens,
         )
 
+    def precompute_unit(
+        self,
+        texts: Iterable[str],
+        on_stored: Callable[[StateRecord], None] = lambda _record: None,
+    ) -> UnitReport:
+        """Store texts as a unit of work: what is computed depends on these texts alone.
+
+        Unlike `precompute`, a state is not continued from another one, and texts whose states are
+        there are read again with those that are not: what stands together in a batch decides the
+        last bits. So a unit that was killed and begun again ends as if it had not been.
+        """
+        started = time.perf_counter()
+        with self._one_at_a_time:
+            wanted, skipped = self._readable(texts)
+            reused, sums = 0, _Sums()
+            for batch in batches(self._rows(wanted), self._batch_tokens):
+                states = [state for row in batch for _, state in row.states]
+                missing = {state.key for state in states if not self._has(state.key)}
+                reused += len(states) - len(missing)
+                if missing:
+                    self._begin(on_stored)
+                    records, num_bytes = self._store_batch(batch, self._preamble.key, only=missing)
+                    sums.tokens += sum(record.num_tokens for record in records)
+                    sums.num_bytes += num_bytes
+                    for record in records:
+                        on_stored(record)
+            self._store.sync()
+        seconds = time.perf_counter() - started
+        done = PrecomputeReport(
+            len(wanted) - reused, reused, tuple(skipped), sums.tokens, sums.num_bytes, seconds
+        )
+        lengths = [len(state.token_ids) for state in wanted]
+        return UnitReport(done, sum(lengths), sum(map(self._state_bytes, lengths)))
+
+    def _state_bytes(self, num_tokens: int) -> int:
+        """Of all values of a state."""
+        layout, spec = self._choice.layout, self._adapter.spec
+        whole, rest = divmod(num_tokens, layout.chunk_tokens)
+        chunks = [layout.chunk_tokens] * whole + [rest] * (rest > 0)
+        return sum(
+            count * sum(fmt.value_bytes(spec, tokens) for tokens in chunks)
+            for fmt, count in layout.runs
+        )
+
+    def unit_id(self, texts: Iterable[str]) -> str:
+        """A digest of a unit's texts, in their order, and of what would be kept of them."""
+        digest = hashlib.blake2b(self._preamble.key, digest_size=16)
+        digest.update(f"{self._choice.layout} {self._is_chained} {self._batch_tokens}".encode())
+        for text in texts:
+            encoded = text.strip().encode("utf-8", "surrogatepass")
+            digest.update(hashlib.blake2b(encoded, digest_size=16).digest())
+        return digest.hexdigest()
+
     def _store_all(
         self, pending: Sequence[PendingState], sums: _Sums
     ) -> Iterator[list[StateRecord]]:
@@ -157,7 +229,7 @@ class Indexer:
                 left.append(state)
             else:
                 yield [record]
-        for batch in batches(self._rows(left)):
+        for batch in batches(self._rows(left), self._batch_tokens):
             records, num_bytes = self._store_batch(batch, self._preamble.key)
             sums.tokens += sum(record.num_tokens for record in records)
             sums.num_bytes += num_bytes
@@ -209,8 +281,14 @@ class Indexer:
     def _pending(
         self, texts: Iterable[str]
     ) -> tuple[list[PendingState], int, list[tuple[str, str]]]:
-        pending: dict[StateKey, PendingState] = {}
-        reused: set[StateKey] = set()
+        wanted, skipped = self._readable(texts)
+        has = self._has_text if self._is_chained else lambda state: self._has(state.key)
+        pending = [state for state in wanted if not has(state)]
+        return pending, len(wanted) - len(pending), skipped
+
+    def _readable(self, texts: Iterable[str]) -> tuple[list[PendingState], list[tuple[str, str]]]:
+        """The texts that can have a state, each once, and the others."""
+        wanted: dict[StateKey, PendingState] = {}
         skipped: list[tuple[str, str]] = []
         room = self._room
         for text in texts:
@@ -221,13 +299,9 @@ class Indexer:
             elif len(state.token_ids) > room:
                 reason = f"{len(state.token_ids)} tokens, but the window has room for {room}"
                 skipped.append((stripped[:40], reason))
-            elif state.key in pending or state.key in reused:
-                continue
-            elif self._has_text(state) if self._is_chained else self._has(state.key):
-                reused.add(state.key)
             else:
-                pending[state.key] = state
-        return list(pending.values()), len(reused), skipped
+                wanted.setdefault(state.key, state)
+        return list(wanted.values()), skipped
 
     def _has_text(self, state: PendingState) -> bool:
         """Whether a text has a state that was read behind others, whichever these were."""
@@ -252,7 +326,12 @@ class Indexer:
             on_stored(record)
 
     def _store_batch(
-        self, batch: Sequence[TokenRow], after: StateKey, *, is_preamble: bool = False
+        self,
+        batch: Sequence[TokenRow],
+        after: StateKey,
+        *,
+        is_preamble: bool = False,
+        only: Container[StateKey] | None = None,
     ) -> tuple[list[StateRecord], int]:
         return store_batch(
             self._adapter,
@@ -263,6 +342,7 @@ class Indexer:
             self._prefixes.cache(after),
             is_preamble=is_preamble,
             costs=self._costs,
+            only=only,
         )
 
 
@@ -276,12 +356,14 @@ def store_batch(
     *,
     is_preamble: bool = False,
     costs: ModelCosts | None = None,
+    only: Container[StateKey] | None = None,
 ) -> tuple[list[StateRecord], int]:
     """Read a batch after a prefix, and store the states in it.
 
     Args:
         after: the KV cache of the prefix.
         costs: what reading a document again would cost, by which states are kept or let go.
+        only: the states that are stored, if not all are.
 
     Returns:
         The records, and the bytes of all values.
@@ -291,6 +373,8 @@ def store_batch(
     new = []
     for number, row in enumerate(batch):
         for begin, state in row.states:
+            if only is not None and state.key not in only:
+                continue
             record = StateRecord(
                 state.key,
                 state.parent,

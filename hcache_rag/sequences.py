@@ -116,11 +116,11 @@ def _row(group: Sequence[PendingState], lead: TokenIds, separator: TokenIds) -> 
     return TokenRow(np.concatenate(parts), tuple(states))
 
 
-def batches(rows: Sequence[TokenRow]) -> Iterator[list[TokenRow]]:
-    """Rows in batches of similar length, at most `BATCH_TOKENS` tokens with padding."""
+def batches(rows: Sequence[TokenRow], batch_tokens: int = BATCH_TOKENS) -> Iterator[list[TokenRow]]:
+    """Rows in batches of similar length, at most `batch_tokens` tokens with padding."""
     batch: list[TokenRow] = []
     for row in sorted(rows, key=lambda row: len(row.token_ids)):
-        if batch and (len(batch) + 1) * len(row.token_ids) > BATCH_TOKENS:
+        if batch and (len(batch) + 1) * len(row.token_ids) > batch_tokens:
             yield batch
             batch = []
         batch.append(row)

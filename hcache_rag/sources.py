@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hcache_rag.errors import SourceError
+from hcache_rag.readers import Unreadable, text_of
 
-_OWN_FILES = ("hcache-rag.json", "data.mdb", "vectors.faiss")
+_OWN_FILES = ("hcache-rag.json", "data.mdb", "vectors.faiss", "shards.json")
 """A folder that holds one of these is a store of ours, not documents."""
 
 
@@ -30,7 +31,9 @@ class FolderContents:
 
 
 def read_folder(folder: str | os.PathLike[str]) -> FolderContents:
-    """Read every UTF-8 text file under `folder`, in order of their paths; hidden ones are ignored.
+    """Read every text file under `folder`, HTML and PDF too, in order of their paths.
+
+    Hidden ones are ignored.
 
     Raises:
         SourceError: there is no such folder, or no text in it.
@@ -43,13 +46,12 @@ def read_folder(folder: str | os.PathLike[str]) -> FolderContents:
     files: list[SourceFile] = []
     skipped: list[tuple[str, str]] = []
     try:
-        for path in _walk(root):
+        for path in walk(root):
             name = str(path.relative_to(root))
-            text = _read(path)
-            if isinstance(text, _Skip):
-                skipped.append((name, text.reason))
-            else:
-                files.append(SourceFile(name, text))
+            try:
+                files.append(SourceFile(name, text_of(path)))
+            except Unreadable as reason:
+                skipped.append((name, str(reason)))
     except PermissionError as error:
         raise SourceError(f"{error.filename} cannot be read: {error.strerror}") from error
     if not files:
@@ -58,31 +60,13 @@ def read_folder(folder: str | os.PathLike[str]) -> FolderContents:
     return FolderContents(tuple(files), tuple(skipped))
 
 
-@dataclass(frozen=True, slots=True)
-class _Skip:
-    reason: str
-
-
-def _walk(root: Path) -> Iterator[Path]:
+def walk(root: Path) -> Iterator[Path]:
+    """The files under a folder in order of their paths; hidden ones and our own stores are not."""
     for entry in sorted(root.iterdir()):
         if entry.name.startswith("."):
             continue
         if entry.is_dir() and not entry.is_symlink():
             if not any(os.path.exists(entry / name) for name in _OWN_FILES):
-                yield from _walk(entry)
+                yield from walk(entry)
         elif entry.is_file():
             yield entry
-
-
-def _read(path: Path) -> str | _Skip:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        return _Skip(f"unreadable: {error.strerror}")
-    if b"\0" in data:
-        return _Skip("binary")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return _Skip("not UTF-8 text")
-    return text if text.strip() else _Skip("empty")

@@ -40,11 +40,18 @@ class Match:
     text: str
 
 
+class Anchors(Protocol):
+    """A set of anchor hashes."""
+
+    def places(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
+        """Which of some hashes may be in the set."""
+
+
 class TextView(Protocol):
     """Known texts at one moment."""
 
     @property
-    def anchors(self) -> AnchorSet:
+    def anchors(self) -> Anchors:
         """The anchors of all texts of at least `ANCHOR_CHARS` characters, and perhaps of more."""
 
     @property
@@ -203,6 +210,47 @@ class TextSet:
         place = bisect_right(self._sorted, tail)
         below = self._sorted[place - 1] if place else None
         return below, self._sorted[place] if place < len(self._sorted) else None
+
+
+class JoinedView:
+    """Several views as one, see `TextView`."""
+
+    def __init__(self, views: Sequence[TextView]) -> None:
+        self._views = views
+
+    @property
+    def anchors(self) -> Anchors:
+        """This is them, too."""
+        return self
+
+    def places(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
+        """See `Anchors`."""
+        found = np.zeros(len(hashes), np.bool_)
+        for view in self._views:
+            found |= view.anchors.places(hashes)
+        return found
+
+    @property
+    def short(self) -> Collection[str]:
+        """See `TextView`."""
+        return set().union(*(view.short for view in self._views))
+
+    def around(self, tail: str) -> tuple[str | None, str | None]:
+        """Of the views' neighbours, those that begin like `tail` for longest.
+
+        The longest text that begins `tail`, which somebody may go on to look for, is one of them or
+        begins one of them.
+        """
+        anchor = anchor_hashes(tail[:ANCHOR_CHARS])  # none where the tail is shorter
+        views = (v for v in self._views if not len(anchor) or v.anchors.places(anchor)[0])
+        pairs = [view.around(tail) for view in views]
+        below = [text for text, _ in pairs if text is not None]
+        above = [text for _, text in pairs if text is not None]
+
+        def alike(text: str) -> int:
+            return common_length(text, tail)
+
+        return max(below, key=alike, default=None), max(above, key=alike, default=None)
 
 
 def find_texts(prompt: str, sources: Sequence[KnownTexts]) -> list[Match]:

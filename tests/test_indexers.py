@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 from fakes import PRINTABLE, save_gpt2, save_tiny_model
+from llama_index.core.schema import TextNode
 
+from hcache_indexers.job import node_documents
 from hcache_indexers.local import index_states, main
+from hcache_indexers.workers import Worker, worker_of
 from hcache_rag import ModelNotFoundError, SourceError, StateStore, StoreOpenError
+from hcache_rag.corpus import Document
 from hcache_rag.indexing import PrecomputeReport
 from hcache_rag.llama_index import HCacheLLM
 from hcache_rag.state import StateRecord
+from hcache_rag.store.manifest import Manifest
 
 TEXTS = {
     "a.txt": "The first of three documents, on its own line.",
@@ -194,3 +199,117 @@ def test_a_failing_job_closes_the_store(
         assert store.stats().documents == 0
         with pytest.raises(StoreOpenError):  # it would open if the job's were still open
             StateStore.open(tmp_path / "states")
+
+
+# --- shards -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "expected"),
+    [
+        ("2/5", {}, Worker(2, 5)),
+        ("auto", {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, Worker(3, 4)),
+        (
+            "auto",
+            {
+                "SLURM_ARRAY_TASK_ID": "11",
+                "SLURM_ARRAY_TASK_COUNT": "3",
+                "SLURM_ARRAY_TASK_MIN": "10",
+                "SLURM_PROCID": "0",
+                "SLURM_NTASKS": "1",
+            },
+            Worker(1, 3),
+        ),
+        ("auto", {"RANK": "1", "WORLD_SIZE": "2"}, Worker(1, 2)),
+        ("auto/7", {"JOB_COMPLETION_INDEX": "6"}, Worker(6, 7)),
+    ],
+)
+def test_a_worker_is_numbered_by_hand_or_by_its_launcher(
+    text: str, environment: dict[str, str], expected: Worker
+) -> None:
+    assert worker_of(text, environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "message"),
+    [
+        ("3", {}, "is i/n, auto or auto/n, not '3'"),
+        ("a/b", {}, "is i/n"),
+        ("5/5", {}, "worker 5 of 5: numbers are from 0 to 4"),
+        ("-1/5", {}, "worker -1 of 5"),
+        ("auto", {}, "none of their variables is set"),
+        ("auto", {"JOB_COMPLETION_INDEX": "6"}, "give it as --shard auto/N"),
+    ],
+)
+def test_a_worker_that_is_none_is_an_error(
+    text: str, environment: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        worker_of(text, environment)
+
+
+@pytest.mark.parametrize(("workers", "total"), [(1, 16), (3, 16), (16, 16)])
+def test_workers_share_all_shards(workers: int, total: int) -> None:
+    """Each shard has one of them, and none has many more than another."""
+    shares = [Worker(number, workers).shards(total) for number in range(workers)]
+    assert sorted(number for share in shares for number in share) == list(range(total))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_more_workers_than_shards_are_an_error() -> None:
+    with pytest.raises(ValueError, match="17 workers for 16 shards"):
+        Worker(0, 17).shards(16)
+
+
+def test_workers_on_the_command_line_fill_one_store(
+    model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each its own shards; together, what one worker alone does, and it is published at the end."""
+    write(folder, {f"{n}.txt": f"Document {n} of a few more." for n in range(9)})
+    common: list[str | Path] = [folder, "--model", model, "--shards", "4", "--unit-documents", "2"]
+    for number in range(2):
+        worker: list[str | Path] = [
+            "--states",
+            tmp_path / "two",
+            "--shard",
+            f"{number}/2",
+            "--publish",
+        ]
+        assert run([*common, *worker]) is None
+    assert run([*common, "--states", tmp_path / "one", "--price-per-hour", "3600"]) is None
+    out = capsys.readouterr().out
+    assert "12 documents" in out
+    assert "it pays from" in out or "it never pays" in out
+    assert "an hour" in out
+    assert shard_bytes(tmp_path / "one") == shard_bytes(tmp_path / "two")
+    assert all(shard.is_published for shard in Manifest.open(tmp_path / "two").shards)
+    assert run([folder, "--model", model, "--states", tmp_path / "one"]) is None
+    assert "0 of them now" in capsys.readouterr().out
+
+
+def shard_bytes(states: Path) -> dict[tuple[str, bytes], bytes]:
+    """All values of every shard."""
+    found = {}
+    for shard in Manifest.open(states).shards:
+        with StateStore.open(shard.folder, read_only=True) as store, store.reading() as reader:
+            for record in store.records():
+                found[shard.name, record.key] = b"".join(
+                    bytes(reader.value(record.key, layer, chunk))
+                    for layer in range(len(record.layout.layers))
+                    for chunk in range(record.layout.num_chunks(record.num_tokens))
+                )
+    return found
+
+
+def test_another_number_of_shards_is_an_error(model: Path, folder: Path, tmp_path: Path) -> None:
+    arguments: list[str | Path] = [folder, "--states", tmp_path / "states", "--model", model]
+    assert run([*arguments, "--shards", "2"]) is None
+    code = run([*arguments, "--shards", "3"])
+    assert isinstance(code, str)
+    assert "has 2 shards of units of 256 documents, not 3 of 256" in code
+
+
+def test_nodes_are_documents_with_the_text_of_prompts() -> None:
+    node = TextNode(text="The text.", id_="a", metadata={"title": "T"})
+    (document,) = node_documents([node])
+    assert document == Document("a", "title: T\n\nThe text.")

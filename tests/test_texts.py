@@ -19,6 +19,7 @@ from hcache_rag.store import NewState, StateStore
 from hcache_rag.texts import (
     ANCHOR_CHARS,
     MIN_CUT_CHARS,
+    Anchors,
     AnchorSet,
     KnownTexts,
     Match,
@@ -65,7 +66,7 @@ class PatientView:
         self._last, self._repeats = "", 0
 
     @property
-    def anchors(self) -> AnchorSet:
+    def anchors(self) -> Anchors:
         return self._view.anchors
 
     @property

@@ -36,6 +36,7 @@ from hcache_rag.models import ModelAdapter
 from hcache_rag.profile import PROFILE_NAME, HardwareProfile
 from hcache_rag.sources import FolderContents
 from hcache_rag.store import Salvaged, StateStore
+from hcache_rag.store.manifest import manifest_at
 
 logger = logging.getLogger("hcache_rag")
 
@@ -295,7 +296,7 @@ def open_states(persist_dir: str | os.PathLike[str], *, read_only: bool = True) 
         StoreOpenError: its states cannot be opened.
     """
     folder = Path(persist_dir).expanduser()
-    if not (folder / STATES / "data.mdb").is_file():
+    if not (folder / STATES / "data.mdb").is_file() and not manifest_at(folder / STATES):
         read_manifest(folder)
     return StateStore.open(folder / STATES, read_only=read_only)
 

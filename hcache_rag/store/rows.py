@@ -18,6 +18,7 @@ from hcache_rag.store.tables import (
     anchor_value,
     bytes_on_disk,
     chunk_key,
+    chunk_of,
     digest16,
     key_value,
     sequence_key,
@@ -59,6 +60,16 @@ class NewState:
     values: Values
     saved_s: float | None = None
     owners: Sequence[str] = ()
+
+    def require_key(self) -> None:
+        """Its key must be that of its parent and token ids.
+
+        Raises:
+            ValueError: it is not.
+        """
+        record = self.record
+        if record.key != child_key(record.parent, record.token_ids):
+            raise ValueError(f"{record.key.hex()} is not the key of its parent and token ids")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,9 +116,8 @@ class NamespaceRows:
         Raises:
             ValueError: its key is not that of its parent and token ids.
         """
+        state.require_key()
         record = state.record
-        if record.key != child_key(record.parent, record.token_ids):
-            raise ValueError(f"{record.key.hex()} is not the key of its parent and token ids")
         data, chunks = record.to_bytes(), tuple(state.values)
         value_bytes = sum(len(value) for _, _, value in chunks)
         if self.cipher is not None:
@@ -205,6 +215,24 @@ class NamespaceRows:
         self._add(txn, entry, 1)
         self.put_counters(txn, counters.plus(sequence=1))
         txn.put("records", self.prefix + key, rows.data)
+
+    def store_copy(
+        self, txn: Transaction, rows: NamespaceRows, reading: Transaction, record: StateRecord
+    ) -> None:
+        """Store a state of other rows, with its owners and uses; neither may be encrypted."""
+        key = record.key
+        entry = rows.entry(reading, key)
+        places = rows.chunk_keys(reading, key)
+        values = ((*chunk_of(place), reading.get("chunks", place) or b"") for place in places)
+        saved_s = None if entry is None else entry.saved_s
+        new = self.encoded(NewState(record, tuple(values), saved_s))
+        owners = (row[-KEY_BYTES:] for row, _ in reading.scan("owned", rows.prefix + key))
+        self.store(txn, replace(new, owners=tuple(owners)))
+        own = self.entry(txn, key)
+        if entry is not None and own is not None:
+            rank = eviction.priority(0.0, entry.hits, entry.saved_s, entry.num_bytes)
+            used = replace(own, hits=entry.hits, used_s=entry.used_s, priority=rank)
+            self.put_entry(txn, key, used)
 
     def drop(self, txn: Transaction, key: StateKey) -> bool:
         """Delete a state with all that belongs to it; False where there was none."""

@@ -10,6 +10,8 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict
+from itertools import islice
 from types import TracebackType
 from typing import Any
 
@@ -34,6 +36,7 @@ from hcache_rag.store.description import (
 )
 from hcache_rag.store.files import folder_at
 from hcache_rag.store.lmdb_backend import LmdbBackend
+from hcache_rag.store.manifest import manifest_at
 from hcache_rag.store.memory import MemoryBackend
 from hcache_rag.store.models import UNKNOWN, StoredModel, change_model, is_fidelity
 from hcache_rag.store.room import check_limits, make_room, require_fits, set_limits
@@ -51,6 +54,9 @@ DEFAULT_NAMESPACE = "default"
 
 MAX_ATTEMPTS, PAUSE_S = 6, 0.05
 """So often room is made for a write, a little more each time, and after a longer pause."""
+
+COPIED_AT_ONCE = 16
+"""So many states `copy_to` writes in one transaction."""
 
 GC_AT_ONCE = 64
 """So many states `gc` deletes in one transaction."""
@@ -81,6 +87,9 @@ class StateStore:
     ) -> StateStore:
         """Open the store in the folder `path`, creating it unless `read_only`.
 
+        A folder with a manifest of shards, or such a manifest, is opened as one store of them all,
+        see `hcache_rag.store.sharded`.
+
         Several stores may be opened on one path in one process; they share one environment.
 
         Args:
@@ -104,6 +113,22 @@ class StateStore:
         """
         _check_namespace(namespace)
         check_limits(max_bytes, namespace_max_bytes)
+        manifest = manifest_at(path)
+        if manifest is not None:
+            if max_bytes is not None or namespace_max_bytes is not None:
+                raise ValueError(f"{path} is in shards: limits are set for each of these")
+            from hcache_rag.store.sharded import (
+                ShardedStore,  # which is made of stores of this class
+            )
+
+            return ShardedStore.open_manifest(
+                manifest,
+                namespace=namespace,
+                key=key,
+                durability=durability,
+                write_wait_s=write_wait_s,
+                read_only=read_only,
+            )
         if durability not in ("fsync", "fast"):
             raise ValueError(f"durability is 'fsync' or 'fast', not {durability!r}")
         cipher = Cipher(key) if key is not None else None
@@ -219,7 +244,7 @@ class StateStore:
             raise TypeError("a store with a key is not passed on; open it there")
         durability = getattr(self._live, "durability", "fsync")
         arguments = (str(self.path), self.namespace, durability)
-        return _open_again, (*arguments, self._session.wait_s, self.read_only)
+        return open_again, (*arguments, self._session.wait_s, self.read_only)
 
     # States.
 
@@ -320,6 +345,9 @@ class StateStore:
         finally:
             pins.remove(pinned)
 
+    def prefetch(self, texts: Iterable[str]) -> None:
+        """These texts may be asked for soon: those in remote shards begin to come."""
+
     def delete(self, key: StateKey, *, unless_changed: StateRecord | None = None) -> bool:
         """Delete a state; False where there was none.
 
@@ -409,6 +437,30 @@ class StateStore:
         """
         self._session.compact()
         return self.file_bytes()
+
+    def copy_to(self, target: StateStore, wanted: Callable[[StateRecord], bool]) -> int:
+        """Copy states that can be read, with their owners and uses; their number.
+
+        Raises:
+            StoreError: one of the namespaces is encrypted.
+        """
+        source, into = self._session, target._session
+        if any(its.cipher is not None or its.is_locked for its in (source, into)):
+            raise StoreError(f"{self.path} has an encrypted namespace, which is not copied")
+        copied = 0
+        with source.reading() as txn:
+            for root, model in self.models().items():
+                target._change_model(root, **asdict(model))
+            found = (record for _, record in source.rows.records(txn) if record is not None)
+            records = filter(wanted, found)
+            while some := list(islice(records, COPIED_AT_ONCE)):
+                with into.writing() as writing:
+                    into.make_namespace(writing)
+                    for record in some:
+                        into.rows.store_copy(writing, source.rows, txn, record)
+                copied += len(some)
+        target.sync()
+        return copied
 
     # Whether they are whole.
 
@@ -613,16 +665,17 @@ def _check_namespace(name: str) -> None:
         raise ValueError(f"{name!r} has a character that no namespace may have: {BELONGS!r}")
 
 
-def _open_again(
+def open_again(
     path: str,
     namespace: str,
     durability: Durability,
     write_wait_s: float | None,
     read_only: bool,
 ) -> StateStore:
+    """A store in another process, perhaps a namespace that belongs to another one."""
     owner, _, purpose = namespace.rpartition(BELONGS)
     if owner:
-        with _open_again(path, owner, durability, write_wait_s, read_only) as store:
+        with open_again(path, owner, durability, write_wait_s, read_only) as store:
             return store.beside(purpose)
     return StateStore.open(
         path,

@@ -38,6 +38,12 @@ def chunk_key(prefix: bytes, key: StateKey, layer: int, chunk: int) -> bytes:
     return prefix + key + _CHUNK.pack(layer, chunk)
 
 
+def chunk_of(row_key: bytes) -> tuple[int, int]:
+    """Layer and chunk of a key of `chunks`."""
+    layer, chunk = _CHUNK.unpack(row_key[-_CHUNK.size :])
+    return layer, chunk
+
+
 def sequence_key(prefix: bytes, sequence: int) -> bytes:
     """Of `anchors`: texts in the order in which they came."""
     return prefix + _SEQUENCE.pack(sequence)

@@ -1,28 +1,37 @@
-"""The offline indexing job on one machine: states for a folder of documents, without a retriever.
+"""The offline indexing job: states for many documents, without a retriever.
 
-For programs that retrieve with an index of their own: `hcache-index FOLDER --states DIR` fills a
-state store that `HCacheLLM(store=DIR)` reads.
+For programs that retrieve with an index of their own: `hcache-index SOURCE --states DIR` fills a
+state store that `HCacheLLM(store=DIR)` reads. SOURCE is a folder of documents, or a file of JSON
+lines or Parquet. With --shards, the store is made of shards, which may be filled by many workers:
+by this process, one shard after another; by those of SLURM, Kubernetes or torchrun (--shard auto);
+or on Ray (--ray). Killed and started again, each goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
+from hcache_indexers.workers import Worker, worker_of
 from hcache_rag.errors import HCacheError
 from hcache_rag.indexing import PrecomputeReport
+from hcache_rag.offline import OnProgress, Progress, ShardReport
 from hcache_rag.sources import read_folder
+from hcache_rag.store.manifest import MANIFEST_FILE, Manifest
+from hcache_rag.worth import Worth
 
 
 def index_states(
     folder: Path, states: Path, *, model: str | None = None, show_progress: bool = False
 ) -> PrecomputeReport:
-    """Store the states of every file of `folder`, each as one document.
+    """Store the states of every file of `folder` in a store of one file, each as one document.
 
     Raises:
         SourceError, ModelError, StoreError: see there.
@@ -47,25 +56,128 @@ def index_states(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of the job."""
-    parser = argparse.ArgumentParser(prog="hcache-index", description=__doc__)
-    parser.add_argument("folder", type=Path, help="folder of text files, one document each")
-    parser.add_argument("--states", type=Path, required=True, help="folder of the state store")
-    parser.add_argument("--model", help="folder of a transformers model")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        report = index_states(
-            options.folder, options.states, model=options.model, show_progress=True
-        )
-    except HCacheError as error:
+        if options.shards or options.shard or options.ray or _is_sharded(options.states):
+            _index_shards(options)
+        else:
+            _index_one_file(options)
+    except (HCacheError, ValueError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; what was stored stays, the next run goes on from there\n")
         sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hcache-index", description=__doc__)
+    add = parser.add_argument
+    add("folder", type=Path, metavar="source", help="folder of documents, or a .jsonl or .parquet")
+    add("--states", type=Path, required=True, help="folder of the state store")
+    add("--model", help="folder of a transformers model")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="it is loaded as")
+    add("--text-column", default="text", help="of JSON lines and Parquet")
+    add("--shards", type=int, help="make a store of so many shards")
+    add("--shard", metavar="I/N", help="work as worker I of N (from 0); 'auto' asks the launcher")
+    add("--ray", type=int, metavar="ACTORS", help="work with so many Ray actors")
+    add("--unit-documents", type=int, help="documents of a unit of work")
+    add("--batch-tokens", type=int, help="tokens that the model reads at once")
+    add("--publish", action="store_true", help="make the shards final when they are done")
+    add("--price-per-hour", type=float, help="of this machine, for the report")
+    return parser
+
+
+def _is_sharded(states: Path) -> bool:
+    return (states.expanduser() / MANIFEST_FILE).is_file()
+
+
+def _index_one_file(options: argparse.Namespace) -> None:
+    report = index_states(options.folder, options.states, model=options.model, show_progress=True)
     for name, reason in report.skipped:
         sys.stderr.write(f"skipped {name}: {reason}\n")
     sys.stdout.write(
         f"{report.stored} stored, {report.reused} were there already, "
         f"{len(report.skipped)} skipped\n"
+    )
+
+
+def _index_shards(options: argparse.Namespace) -> None:
+    from hcache_indexers.job import DEFAULT_SHARDS, Job
+
+    given = {"unit_documents": options.unit_documents, "batch_tokens": options.batch_tokens}
+    if _is_sharded(options.states):
+        there = Manifest.open(options.states.expanduser())
+        given["shards"] = options.shards or len(there.shards)
+        given["unit_documents"] = options.unit_documents or there.unit_documents
+    worker = worker_of(options.shard, os.environ) if options.shard else Worker(0, 1)
+    given.setdefault("shards", options.shards or DEFAULT_SHARDS)
+    job = Job(
+        options.folder,
+        options.states,
+        model=options.model and os.path.abspath(options.model),
+        dtype=options.dtype,
+        text_column=options.text_column,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    mine, total = worker.shards(job.shards), job.corpus().count()
+
+    def skip(name: str, reason: str) -> None:
+        sys.stderr.write(f"skipped {name}: {reason}\n")
+
+    if options.ray:
+        from hcache_indexers.ray_data import index_on_ray
+
+        report = index_on_ray(job, actors=options.ray)
+    with job.engine() as engine:
+        if not options.ray:
+            its = total * len(mine) // job.shards
+            with _bar(its) as on_progress:
+                report = job.run(engine, mine, on_progress=on_progress, on_skip=skip, total=its)
+        worth = job.worth(engine, report, options.price_per_hour)
+    if options.publish:
+        for number in mine:
+            job.manifest().shard(number).publish()
+    sys.stdout.write("\n".join(report_lines(report, worth)) + "\n")
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[OnProgress]:
+    with tqdm(total=total, unit="doc") as bar:
+
+        def advance(progress: Progress) -> None:
+            bar.n = progress.documents
+            left = "" if progress.left_s is None else f", {progress.left_s:,.0f} s left"
+            bar.set_postfix_str(f"{progress.tokens_per_s:,.0f} tokens/s{left}")
+
+        yield advance
+
+
+def report_lines(report: ShardReport, worth: Worth | None) -> Iterator[str]:
+    """A report for people."""
+    yield (
+        f"{report.documents:,} documents, {report.tokens:,} tokens, {report.num_bytes:,} bytes; "
+        f"of these now: {report.new_documents:,}, {report.new_tokens:,}, {report.new_bytes:,}"
+    )
+    yield (
+        f"{report.units:,} units, {report.new_units:,} of them now, in {report.seconds:,.1f} s "
+        f"({report.work_s:,.1f} s of work in all)"
+    )
+    for reason, count in sorted(report.skipped.items()):
+        yield f"without a state: {count:,}, {reason}"
+    if worth is None:
+        return
+    cost = worth.cost(report.work_s)
+    if cost is not None:
+        yield f"cost: {cost:,.2f}, at {worth.price_per_hour:,.2f} an hour"
+    uses = worth.break_even_uses
+    yield (
+        f"a document: {worth.index_s:.3f} s to index; to the first token {worth.fresh_s:.3f} s "
+        f"read afresh, {worth.restored_s:.3f} s restored"
+    )
+    yield (
+        "it never pays: restoring takes as long as reading"
+        if uses is None
+        else f"it pays from {uses:,.1f} uses of a document on"
     )
 
 

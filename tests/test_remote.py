@@ -1,0 +1,388 @@
+"""Shards behind a network: the same states, fetched once, verified, or done without."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from store_conformance import a_record, check_sums, held, keys, put, stored, texts_in, values
+from tiny import SHAPES, byte_tokenizer, tiny_model
+
+from hcache_rag import (
+    DamagedStateError,
+    HCacheEngine,
+    StateStore,
+    StoreError,
+    UnreachableStateError,
+)
+from hcache_rag.plan import Conditions, SpanSize, plan_restore
+from hcache_rag.profile import HardwareProfile, Rates, ReadRate
+from hcache_rag.store import remote
+from hcache_rag.store.manifest import Manifest
+from hcache_rag.store.remote import VALUES, export_shard
+
+fsspec = pytest.importorskip("fsspec")
+from fsspec.implementations.local import LocalFileSystem  # noqa: E402
+
+STATE_BYTES = sum(len(value) for _, _, value in values())
+
+
+class FarFileSystem(LocalFileSystem):  # type: ignore[misc]
+    """Files of this machine, reached in blocks that are counted, and held up as a test likes."""
+
+    protocol = "far"
+    blocks: list[tuple[int, int]] = []  # noqa: RUF012 - of the class, since fsspec makes instances
+    before: Callable[[int], None]
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> str:
+        return str(path).removeprefix("far://").rstrip("/")
+
+    def cat_file(self, path: str, start: Any = None, end: Any = None, **kwargs: Any) -> bytes:
+        if path.endswith(VALUES):
+            type(self).before(end - start)
+            self.blocks.append((start, end))
+        data: bytes = super().cat_file(path, start=start, end=end, **kwargs)
+        return data
+
+
+fsspec.register_implementation("far", FarFileSystem, clobber=True)
+
+
+@pytest.fixture(autouse=True)
+def blocks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """What was fetched of the values, so far."""
+    fetched: list[tuple[int, int]] = []
+    monkeypatch.setattr(FarFileSystem, "blocks", fetched)
+    monkeypatch.setattr(FarFileSystem, "before", staticmethod(lambda _: None), raising=False)
+    return fetched
+
+
+def export(tmp_path: Path, fill: Callable[[StateStore], object], near_bytes: int = 1 << 26) -> Path:
+    """The manifest of a store whose two shards are far away."""
+    local = Manifest.create(tmp_path / "local", 2)
+    with StateStore.open(local.path) as store:
+        fill(store)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "shards.json").write_text('{"format": 1, "id": "x", "shards": []}')
+    manifest = Manifest.open(tmp_path / "here").with_near_max_bytes(near_bytes)
+    for shard in local.shards:
+        shard.publish()
+        url = f"far://{tmp_path}/far/{shard.name}"
+        export_shard(shard, url)
+        manifest = manifest.with_shard(url)
+    return manifest.path
+
+
+def far_values(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "far").glob(f"*/{VALUES}"))
+
+
+def test_states_from_afar_are_those_that_were_exported(
+    tmp_path: Path, blocks: list[tuple[int, int]]
+) -> None:
+    """By key, by text, by prompt; and the second time they are near, also for who opens anew."""
+    path = export(tmp_path, lambda store: put(store, *range(20)))
+    for _ in range(2):
+        with StateStore.open(path) as store:
+            assert held(store) == keys(range(20))
+            for number in range(20):
+                record = a_record(number)
+                assert stored(store, record.key) == values(number)
+                assert texts_in(store, f"x {record.text} y") == [record.text]
+            store.count_use([a_record(1).key])
+        assert sum(end - begin for begin, end in blocks) == 20 * STATE_BYTES
+    with StateStore.open(path) as store:
+        assert store.verify().values == 20 * len(values())
+        assert store.stats().documents == 20
+
+
+def test_what_begins_behind_the_first_value_is_fetched_from_there(
+    tmp_path: Path, blocks: list[tuple[int, int]]
+) -> None:
+    """As where first layers are recomputed; only a whole state is kept near."""
+    path = export(tmp_path, lambda store: put(store, 1))
+    rest = [value for layer, _, value in values(1) if layer >= 1]
+    for _ in range(2):
+        with StateStore.open(path) as store, store.reading([a_record(1).key]) as reader:
+            found = [
+                bytes(reader.value(a_record(1).key, la, ch)) for la, ch, _ in values(1) if la >= 1
+            ]
+            assert found == rest
+    assert sum(end - begin for begin, end in blocks) == 2 * sum(map(len, rest))
+
+
+def test_who_asks_at_once_shares_one_flight(
+    tmp_path: Path, blocks: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four readers ask before the first block has come; it comes once."""
+    path = export(tmp_path, lambda store: put(store, 1))
+    asked = threading.Barrier(5)
+    monkeypatch.setattr(FarFileSystem, "before", staticmethod(lambda _: asked.wait(60)))
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 2 * STATE_BYTES)
+    fetch = remote.RemoteStore._fetch
+
+    def fetching(*arguments: Any) -> Any:
+        flight = fetch(*arguments)
+        asked.wait(60)
+        return flight
+
+    monkeypatch.setattr(remote.RemoteStore, "_fetch", fetching)
+    found: list[object] = []
+    with StateStore.open(path) as store:
+        readers = [
+            threading.Thread(target=lambda: found.append(stored(store, a_record(1).key)))
+            for _ in range(4)
+        ]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join(60)
+    assert found == [values(1)] * 4
+    assert len(blocks) == 1
+
+
+def test_what_comes_early_can_be_read_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first value is there while the last block is still held up."""
+    path = export(tmp_path, lambda store: put(store, 1))
+    may_end, count = threading.Event(), iter(range(1000))
+
+    def hold(_: int) -> None:
+        if next(count) > 2:
+            assert may_end.wait(60)
+
+    monkeypatch.setattr(remote, "BLOCK_BYTES", STATE_BYTES // 6)
+    monkeypatch.setattr(FarFileSystem, "before", staticmethod(hold))
+    with StateStore.open(path) as store, store.reading([a_record(1).key]) as reader:
+        assert bytes(reader.value(a_record(1).key, 0, 0)) == values(1)[0][2]
+        may_end.set()
+        assert bytes(reader.value(a_record(1).key, 2, 1)) == values(1)[-1][2]
+
+
+def test_nothing_wrong_is_served(tmp_path: Path) -> None:
+    """A byte that flipped afar is noticed; one that flipped near is fetched again."""
+    path = export(tmp_path, lambda store: put(store, 1, 2, 3))
+    with StateStore.open(path) as store:
+        for number in (1, 2, 3):
+            assert stored(store, a_record(number).key) == values(number)
+    with StateStore.open(path.parent / "near" / "states") as near:
+        near.put(a_record(1), [(la, ch, b"?" * len(v)) for la, ch, v in values(1)])
+        near.put(a_record(2), values(2)[:3])
+        near.delete(a_record(3).key)
+    for file in far_values(tmp_path):
+        data = bytearray(file.read_bytes())
+        third = bytes(data).find(values(3)[0][2][:300])
+        if third >= 0:
+            data[third] ^= 1
+        file.write_bytes(data)
+    with StateStore.open(path) as store:
+        assert stored(store, a_record(1).key) == values(1)
+        assert stored(store, a_record(2).key) == values(2)
+        with pytest.raises(DamagedStateError, match="layer 0, chunk 0 is not what was exported"):
+            stored(store, a_record(3).key)
+        assert [damage.key for damage in store.verify().damaged] == [a_record(3).key]
+
+
+@pytest.mark.parametrize("how", ["error", "short", "silence"])
+def test_what_does_not_come_is_out_of_reach_for_now(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that the engine answers by reading afresh; the next time it may come."""
+    path = export(tmp_path, lambda store: put(store, 1))
+    end = threading.Event()
+
+    def fails(_: int) -> None:
+        if how == "silence":
+            end.wait(60)
+        raise OSError("the network is down")
+
+    with StateStore.open(path) as store:
+        if how == "short":
+            cat = LocalFileSystem.cat_file
+            monkeypatch.setattr(LocalFileSystem, "cat_file", lambda *a, **k: cat(*a, **k)[:-1])
+        else:
+            monkeypatch.setattr(FarFileSystem, "before", staticmethod(fails))
+        assert store._near is not None  # type: ignore[attr-defined]
+        store._near.wait_s = 0.05 if how == "silence" else 60.0  # type: ignore[attr-defined]
+        with pytest.raises(UnreachableStateError):
+            stored(store, a_record(1).key)
+        end.set()
+        monkeypatch.undo()
+        monkeypatch.setattr(FarFileSystem, "before", staticmethod(lambda _: None), raising=False)
+    with StateStore.open(path) as store:
+        assert stored(store, a_record(1).key) == values(1)
+
+
+def test_what_is_near_stays_within_its_limit(tmp_path: Path) -> None:
+    """More than it can take goes through it, and all of it can be read."""
+    limit = 1 << 22
+    path = export(tmp_path, lambda store: put(store, *range(80)), near_bytes=limit)
+    with StateStore.open(path) as store:
+        for number in range(80):
+            assert stored(store, a_record(number).key) == values(number)
+    with StateStore.open(path.parent / "near" / "states") as near:
+        assert near.used_bytes() <= limit
+        assert 5 < len(held(near)) < 80
+        check_sums(near)
+
+
+def test_a_shard_that_cannot_be_reached_takes_no_other_down(tmp_path: Path) -> None:
+    path = export(tmp_path, lambda store: put(store, *range(20)))
+    (far_values(tmp_path)[0].parent / "export.json").unlink()
+    with StateStore.open(path) as store:
+        assert 0 < len(held(store)) < 20
+        assert list(store.down) == ["shard-00000"]  # type: ignore[attr-defined]
+
+
+def test_an_index_that_was_damaged_on_its_way_is_refused(tmp_path: Path) -> None:
+    path = export(tmp_path, lambda store: put(store, *range(20)))
+    index = far_values(tmp_path)[0].parent / "index.mdb"
+    index.write_bytes(index.read_bytes()[:-1] + b"?")
+    with StateStore.open(path) as store:
+        assert "not what was exported" in str(store.down)  # type: ignore[attr-defined]
+
+
+def test_only_what_is_final_is_exported(tmp_path: Path) -> None:
+    local = Manifest.create(tmp_path / "local", 1)
+    with StateStore.open(local.path) as store:
+        put(store, 1)
+    with pytest.raises(StoreError, match="is not published"):
+        export_shard(local.shards[0], f"far://{tmp_path}/far")
+    assert not (tmp_path / "far").exists()
+
+
+# --- an engine ----------------------------------------------------------------------------------
+
+PASSAGES = [
+    f"Passage {n} tells of the number {n}. " + "It goes on a while. " * 20 for n in range(6)
+]
+PROMPT = "Read: " + "\n\n".join(text.strip() for text in PASSAGES) + "\n\nWhich?"
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[HCacheEngine]:
+    with StateStore.in_memory() as nothing:
+        yield HCacheEngine(tiny_model(SHAPES[1]), byte_tokenizer(), nothing, preamble="Read: ")
+
+
+def on(store: StateStore, plain: HCacheEngine, profile: HardwareProfile | None = None) -> Any:
+    return HCacheEngine(
+        plain.adapter.model,
+        plain.tokenizer,
+        store,
+        preamble="Read: ",
+        fidelity="none",
+        profile=profile,
+        representation="kv",
+        storage_dtype="float32",
+    )
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_engine_answers_from_afar_and_without_it(
+    plain: HCacheEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Announced nodes come ahead; where the network fails they are read, and not given up."""
+    path = export(tmp_path, lambda store: on(store, plain).precompute(PASSAGES))
+    with StateStore.open(tmp_path / "local") as local:
+        expected = on(local, plain).generate(PROMPT)
+
+    def down(_: int) -> None:
+        raise OSError("the network is down")
+
+    with StateStore.open(path) as store:
+        engine = on(store, plain)
+        monkeypatch.setattr(FarFileSystem, "before", staticmethod(down))
+        without = engine.generate(PROMPT)
+        assert without.provenance.missed_tokens == sum(len(t.strip()) for t in PASSAGES)
+        assert all("is left" in warning for warning in without.provenance.warnings)
+        assert len(without.provenance.warnings) == len(PASSAGES)
+        monkeypatch.setattr(FarFileSystem, "before", staticmethod(lambda _: None))
+        engine.announce(PASSAGES)
+        found = engine.generate(PROMPT)
+        assert found.provenance.restored_tokens == expected.provenance.restored_tokens
+        assert found.text == expected.text
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_slower_link_makes_the_planner_compute_more(
+    plain: HCacheEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sees how fast states came; planned by that, less is read than by what the profile says.
+
+    The link is slow by sleeping, and a busy machine makes it only slower. How long computing took
+    here is left out of the plans that are compared.
+    """
+    path = export(tmp_path, lambda store: on(store, plain).precompute(PASSAGES))
+    spec, bytes_per_s, link = plain.adapter.spec, 4e6, threading.Lock()
+    machine = HardwareProfile(
+        "a test's", "none", ReadRate(1e9), ReadRate(1e9), Rates(1e11, 1e11, 1e11, 1e12)
+    )
+
+    def slow(num_bytes: int) -> None:
+        with link:
+            time.sleep(num_bytes / bytes_per_s)
+
+    monkeypatch.setattr(FarFileSystem, "before", staticmethod(slow))
+    with StateStore.open(path) as store:
+        engine = on(store, plain, machine)
+        first = engine.generate(PROMPT).timeline
+        assert first is not None
+        assert first.bytes_read > 1e6
+        now = engine.planner.now
+        (layout,) = {record.layout for record in store.records() if not record.is_preamble}
+    # The newest request is half of the truth: the geometric mean of what was expected and seen.
+    assert now.read_rate.bytes_per_s <= (1e9 * bytes_per_s) ** 0.5
+    spans = [SpanSize(400, layout)] * len(PASSAGES)
+
+    def read_tokens(rate: ReadRate) -> int:
+        plan = plan_restore(spec, spans, machine, Conditions(rate), fresh_tokens=8)
+        return sum((400 - cut.tokens) * (spec.num_layers - cut.layers) for cut in plan.cuts)
+
+    assert read_tokens(now.read_rate) < 0.5 * read_tokens(machine.cold)
+
+
+# --- S3 -----------------------------------------------------------------------------------------
+
+
+def test_states_come_from_an_s3_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """moto's server, through s3fs, as an address in the environment names it."""
+    pytest.importorskip("s3fs")
+    server_module = pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer(port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setitem(
+            fsspec.config.conf,
+            "s3",
+            {"endpoint_url": f"http://{host}:{port}", "key": "test", "secret": "test"},
+        )
+        s3, _ = fsspec.core.url_to_fs("s3://states")
+        s3.mkdir("states")
+        local = Manifest.create(tmp_path / "local", 2)
+        with StateStore.open(local.path) as store:
+            put(store, *range(20))
+        (tmp_path / "here").mkdir()
+        (tmp_path / "here" / "shards.json").write_text('{"format": 1, "id": "x", "shards": []}')
+        manifest = Manifest.open(tmp_path / "here")
+        for shard in local.shards:
+            shard.publish()
+            export_shard(shard, f"s3://states/{shard.name}")
+            manifest = manifest.with_shard(f"s3://states/{shard.name}")
+        with StateStore.open(manifest.path) as store:
+            assert held(store) == keys(range(20))
+            for number in range(20):
+                assert stored(store, a_record(number).key) == values(number)
+    finally:
+        server.stop()
+    with StateStore.open(tmp_path / "local") as store:
+        assert held(store) == keys(range(20))
+    assert os.path.isdir(tmp_path / "here" / "near")
