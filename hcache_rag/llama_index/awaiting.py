@@ -69,6 +69,11 @@ class AsyncGenerationStream(AsyncIterator[str]):
                 pass
         return self.result
 
+    def cancel(self) -> None:
+        """Stop generating after the token that is being computed, without waiting for that."""
+        self._finished = True
+        self._computation.stop()
+
     async def aclose(self) -> None:
         """Stop generating and wait until the thread has ended."""
         if self._finished:

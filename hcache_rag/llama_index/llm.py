@@ -34,6 +34,7 @@ from hcache_rag.generation import GenerationOptions
 from hcache_rag.layout import StateLayout
 from hcache_rag.llama_index.awaiting import AsyncGenerationStream
 from hcache_rag.llama_index.calls import chat_template_of, options_of, temperature_of
+from hcache_rag.llama_index.closing import closing, opened
 from hcache_rag.llama_index.events import report_restore
 from hcache_rag.llama_index.resident import Keeping, Reading, Resident, load
 from hcache_rag.llama_index.responses import (
@@ -279,6 +280,12 @@ class HCacheLLM(CustomLLM):
         """Close the store, unless the caller brought it open; the LLM cannot be used any more."""
         self._resident.close()
 
+    def __enter__(self) -> HCacheLLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def tokenize(self, text: str) -> list[int]:
         """The model's own token ids of a text, for `Settings.tokenizer`."""
         ids: list[int] = self._resident.loaded.tokenizer.encode(text, add_special_tokens=False)
@@ -332,7 +339,7 @@ class HCacheLLM(CustomLLM):
         """Complete a prompt."""
         return completion_of(self._answer(self._completion(prompt, formatted, kwargs)))
 
-    @llm_completion_callback()
+    @closing(llm_completion_callback())
     def stream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseGen:
@@ -344,7 +351,7 @@ class HCacheLLM(CustomLLM):
         """Answer a conversation."""
         return chat_of(self._answer(self._conversation(messages, kwargs)))
 
-    @llm_chat_callback()
+    @closing(llm_chat_callback())
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """Answer a conversation piece by piece; closing the generator stops the computation."""
         return chats(self._stream(self._conversation(messages, kwargs)))
@@ -357,7 +364,7 @@ class HCacheLLM(CustomLLM):
         call = self._completion(prompt, formatted, kwargs)
         return completion_of(await self._async_stream(call).read())
 
-    @llm_completion_callback()
+    @closing(llm_completion_callback())
     async def astream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
@@ -370,7 +377,7 @@ class HCacheLLM(CustomLLM):
         call = self._conversation(messages, kwargs)
         return chat_of(await self._async_stream(call).read())
 
-    @llm_chat_callback()
+    @closing(llm_chat_callback())
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **kwargs: Any
     ) -> ChatResponseAsyncGen:
@@ -385,11 +392,11 @@ class HCacheLLM(CustomLLM):
 
     def _stream(self, call: _Call) -> GenerationStream:
         line = self._resident.line
-        return GenerationStream(call.run, line, self.max_concurrency, report_restore)
+        return opened(GenerationStream(call.run, line, self.max_concurrency, report_restore))
 
     def _async_stream(self, call: _Call) -> AsyncGenerationStream:
         line = self._resident.line
-        return AsyncGenerationStream(call.run, line, self.max_concurrency, report_restore)
+        return opened(AsyncGenerationStream(call.run, line, self.max_concurrency, report_restore))
 
     def _completion(self, prompt: str, formatted: bool, kwargs: dict[str, Any]) -> _Call:
         """A call of the completion methods; what is not formatted is, as `predict` would."""

@@ -50,40 +50,36 @@ def account_of(answer: Generation) -> dict[str, Any]:
 
 
 def completions(stream: GenerationStream) -> CompletionResponseGen:
-    """The text so far with each piece, and at the end the account; closing closes the stream."""
+    """The text so far with each piece, and at the end the account."""
     text = ""
-    with stream:
-        for piece in stream:
-            text += piece
-            yield CompletionResponse(text=text, delta=piece)
-        yield completion_of(stream.result, text)
+    for piece in stream:
+        text += piece
+        yield CompletionResponse(text=text, delta=piece)
+    yield completion_of(stream.result, text)
 
 
 def chats(stream: GenerationStream) -> ChatResponseGen:
     """The same as messages."""
     text = ""
-    with stream:
-        for piece in stream:
-            text += piece
-            yield ChatResponse(message=assistant(text), delta=piece)
-        yield chat_of(stream.result, text)
+    for piece in stream:
+        text += piece
+        yield ChatResponse(message=assistant(text), delta=piece)
+    yield chat_of(stream.result, text)
 
 
 async def acompletions(stream: AsyncGenerationStream) -> CompletionResponseAsyncGen:
     """`completions` for a coroutine."""
     text = ""
-    async with stream:
-        async for piece in stream:
-            text += piece
-            yield CompletionResponse(text=text, delta=piece)
-        yield completion_of(stream.result, text)
+    async for piece in stream:
+        text += piece
+        yield CompletionResponse(text=text, delta=piece)
+    yield completion_of(stream.result, text)
 
 
 async def achats(stream: AsyncGenerationStream) -> ChatResponseAsyncGen:
-    """`chats` for a coroutine."""
+    """The same as messages."""
     text = ""
-    async with stream:
-        async for piece in stream:
-            text += piece
-            yield ChatResponse(message=assistant(text), delta=piece)
-        yield chat_of(stream.result, text)
+    async for piece in stream:
+        text += piece
+        yield ChatResponse(message=assistant(text), delta=piece)
+    yield chat_of(stream.result, text)
