@@ -9,13 +9,13 @@ stretch of `MIN_CHARS` characters of any document, so that cut and rewritten doc
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from common import ROOT
 from llama_index.core import (
     PromptTemplate,
     Settings,
@@ -63,7 +63,7 @@ from llama_index.core.query_engine import (
     TransformQueryEngine,
 )
 from llama_index.core.question_gen.types import BaseQuestionGenerator, SubQuestion
-from llama_index.core.response_synthesizers import get_response_synthesizer
+from llama_index.core.response_synthesizers import ResponseMode, get_response_synthesizer
 from llama_index.core.retrievers import (
     AutoMergingRetriever,
     QueryFusionRetriever,
@@ -79,9 +79,11 @@ from llama_index.core.schema import (
 )
 from llama_index.core.tools import QueryEngineTool, ToolMetadata
 
-from hcache_rag import HCacheEngine
-from hcache_rag.llama_index import HCacheLLM, HCacheRetriever
+from hcache_rag import HCacheEngine, StateStore
+from hcache_rag.bundled import default_model_path
+from hcache_rag.llama_index import HCacheLLM, HCacheRetriever, default_embedding
 from hcache_rag.llama_index.text import llm_texts
+from hcache_rag.models import load_model
 
 MIN_CHARS = 24
 QUESTION = "Which planet is the hottest?"
@@ -176,16 +178,17 @@ class World:
         inner = index.as_retriever(similarity_top_k=top_k or self.top_k)
         return HCacheRetriever.wrap(inner, self.llm)
 
-    def helper(self, window: int) -> PromptHelper:
-        """Prompts as for a model of a smaller window."""
-        return PromptHelper(window, num_output=16, tokenizer=self.llm.tokenize)
-
     def narrow(self, mode: str, share: float) -> Any:
-        """A synthesizer into whose prompts fits a share of the documents."""
+        """A synthesizer into whose prompts fits a share of the retrieved documents."""
         tokens = sum(len(self.llm.tokenize(d.text)) for d in self.documents[: self.top_k])
-        window = int(share * tokens) + 516 + len(self.llm.tokenize("x" * 700))
+        helper = PromptHelper(
+            self.llm.metadata.context_window,
+            num_output=16,
+            chunk_size_limit=int(share * tokens),
+            tokenizer=self.llm.tokenize,
+        )
         return get_response_synthesizer(
-            llm=self.llm, response_mode=mode, prompt_helper=self.helper(window)
+            llm=self.llm, response_mode=ResponseMode(mode), prompt_helper=helper
         )
 
 
@@ -237,6 +240,11 @@ class OnlyWith(BaseNodePostprocessor):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         return [scored for scored in nodes if self.word in scored.node.get_content()]
+
+
+def sentences(text: str) -> list[str]:
+    """Without NLTK's data."""
+    return [f"{part.rstrip('.')}." for part in text.split(". ")]
 
 
 def tool(world: World, engine: Any) -> QueryEngineTool:
@@ -443,26 +451,33 @@ class Row:
 
 
 QUESTION_FIRST = "Question: {query_str}\nRead this:\n{context_str}\nNow answer:"
-CUT = "what is cut off a document is restored; what goes on in the next prompt is read"
+CUT = "the end of a document that was cut in two is read"
+SENTENCES = "sentences are left out: what stands behind the first gap is read"
+ESCAPED = "line breaks become `\\n`: restored up to the first one, from 128 characters on"
 
 ROWS = [
     Row("compact (default)", of_mode("compact"), 1.0),
-    Row("compact, more documents than fit", narrow("compact", 0.6), 0.5, CUT),
+    Row("compact, more documents than fit", narrow("compact", 0.6), 0.6, CUT),
     Row("refine", of_mode("refine"), 1.0),
-    Row("refine, documents that do not fit", narrow("refine", 0.2), 0.4, CUT),
+    Row("refine, documents that do not fit", narrow("refine", 0.17), 0.5, CUT),
     Row("tree_summarize", of_mode("tree_summarize"), 1.0),
-    Row("tree_summarize, more documents than fit", narrow("tree_summarize", 0.6), 0.5, CUT),
+    Row("tree_summarize, more documents than fit", narrow("tree_summarize", 0.6), 0.6, CUT),
     Row("accumulate", of_mode("accumulate"), 1.0),
     Row("compact_accumulate", of_mode("compact_accumulate"), 1.0),
-    Row("simple_summarize", of_mode("simple_summarize"), 0.0),
+    Row("simple_summarize", of_mode("simple_summarize"), 0.0, ESCAPED),
     Row("generation", of_mode("generation"), None, "no documents in the prompt"),
     Row("no_text, context_only", of_mode("no_text"), None, "no prompt"),
     Row("a template with the question in front", with_template(QUESTION_FIRST), 1.0),
     Row("a template with nothing in front", with_template("{context_str}\n{query_str}"), 1.0),
     Row("nodes with metadata", lambda w: engine(w, w.retriever(nodes=with_metadata(w))), 1.0),
     Row("citation", citing(metadata=False), 1.0),
-    Row("citation, nodes with metadata", citing(metadata=True), 0.0),
-    Row("citation, nodes with metadata, metadata_mode=LLM", citing(True, MetadataMode.LLM), 1.0),
+    Row(
+        "citation, nodes with metadata",
+        citing(metadata=True),
+        0.0,
+        "it drops the metadata, and the state is that of both; see `metadata_mode` below",
+    ),
+    Row("citation, `metadata_mode=MetadataMode.LLM`", citing(True, MetadataMode.LLM), 1.0),
     Row("sub-question", sub_questions, 1.0),
     Row("router", routed, 1.0),
     Row("multi-step", in_steps, 1.0),
@@ -489,18 +504,25 @@ ROWS = [
     Row(
         "sentence optimizer",
         with_postprocessors(
-            lambda w: SentenceEmbeddingOptimizer(embed_model=w.embed_model, percentile_cutoff=0.5)
+            lambda w: SentenceEmbeddingOptimizer(
+                embed_model=w.embed_model, percentile_cutoff=0.5, tokenizer_fn=sentences
+            )
         ),
         0.0,
-        "the postprocessor leaves sentences out: it is a new text for every question",
+        SENTENCES,
     ),
-    Row("previous and next nodes", neighbours, 1.0),
-    Row("sentence windows", windows(False), 0.0),
-    Row("sentence windows, windows precomputed", windows(True), 1.0),
-    Row("auto-merging", merging, 1.0),
+    Row("previous and next nodes", neighbours, 0.99),
+    Row(
+        "sentence windows",
+        windows(is_known=False),
+        0.9,
+        "the sentences of a window are states, the blanks between them are read",
+    ),
+    Row("sentence windows that were read", windows(is_known=True), 0.99),
+    Row("auto-merging", merging, 0.99),
     Row("fusion", fused, 1.0),
     Row("recursive", recursive, 1.0),
-    Row("simple chat engine", simple_chat, None),
+    Row("simple chat engine", simple_chat, None, "no documents; see below for what was said"),
     Row("context chat engine", context_chat, 1.0),
     Row("condense-plus-context chat engine", condense_plus_context, 1.0),
     Row("condense-question chat engine", condense_question, 1.0),
@@ -526,12 +548,36 @@ def asked(row: Row, world: World) -> tuple[list[str], Record]:
     return answers, count(record, [document.text for document in world.documents])
 
 
-def table(world: World) -> list[str]:
-    """The table, a line for each row."""
-    lines = ["| | prompts | documents restored | |", "|---|---|---|---|"]
+def table(new_llm: Callable[[], HCacheLLM], documents: list[Document]) -> Iterator[str]:
+    """The table, a line for each row, each over a store of its own."""
+    yield "| | prompts | documents restored | |"
+    yield "|---|---|---|---|"
+    embed_model = default_embedding()
     for row in ROWS:
-        _, record = asked(row, world)
+        with new_llm() as llm:
+            _, record = asked(row, World(llm, documents, embed_model))
         share = "" if record.share is None else f"{100 * record.share:.0f} %"
-        lines.append(f"| {row.label} | {record.prompts} | {share} | {row.note} |")
-        sys.stderr.write(lines[-1] + "\n")
-    return lines
+        yield f"| {row.label} | {record.prompts} | {share} | {row.note} |"
+
+
+def main() -> None:
+    """Print the table for the bundled model."""
+    model, tokenizer = load_model(str(default_model_path()))
+    paths = sorted((ROOT / "examples" / "solar_system").glob("*.md"))[:8]
+    documents = [Document(text=path.read_text(), id_=path.stem) for path in paths]
+
+    def new_llm() -> HCacheLLM:
+        return HCacheLLM(
+            model=model,
+            tokenizer=tokenizer,
+            store=StateStore.in_memory(),
+            fidelity="none",
+            max_new_tokens=8,
+        )
+
+    for line in table(new_llm, documents):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
