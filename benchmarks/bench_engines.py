@@ -122,7 +122,7 @@ def recording() -> Iterator[Record]:
 
     def recorded(self: HCacheEngine, composition: Any, request: Any) -> Any:
         answer = run(self, composition, request)
-        tokens = [self.tokenizer.decode([t]) for t in composition.token_ids.tolist()]
+        tokens = [str(self.tokenizer.decode([t])) for t in composition.token_ids.tolist()]
         record.log.append(("".join(tokens), (tokens, composition.restored_positions)))
         return answer
 
@@ -304,6 +304,7 @@ def sub_questions(world: World) -> Any:
         question_gen=FixedQuestions(),
         response_synthesizer=get_response_synthesizer(llm=world.llm),
         use_async=False,
+        verbose=False,
     )
 
 

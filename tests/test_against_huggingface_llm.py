@@ -43,12 +43,18 @@ class Maker:
     def __call__(self, model: PreTrainedModel, **options: Any) -> LLM:
         tokenizer: Any = byte_tokenizer(adds_bos=options.pop("adds_bos", False))
         tokenizer.chat_template = options.pop("chat_template", CHAT_TEMPLATE)
-        return self.make(model, tokenizer, {"is_chat_model": False, "max_new_tokens": 6} | options)
+        made: LLM = self.make(
+            model, tokenizer, {"is_chat_model": False, "max_new_tokens": 6} | options
+        )
+        return made
 
 
 def _theirs(model: PreTrainedModel, tokenizer: Any, options: dict[str, Any]) -> LLM:
     sampling = {"do_sample": False, **PRINTABLE}
-    return HuggingFaceLLM(model=model, tokenizer=tokenizer, generate_kwargs=sampling, **options)
+    its: LLM = HuggingFaceLLM(
+        model=model, tokenizer=tokenizer, generate_kwargs=sampling, **options
+    )
+    return its
 
 
 def _ours(model: PreTrainedModel, tokenizer: Any, options: dict[str, Any]) -> LLM:
