@@ -16,6 +16,16 @@ from transformers.generation.streamers import BaseStreamer
 from hcache_rag.state import TokenIds
 from hcache_rag.texts import common_length
 
+_SET_HERE = (
+    *("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids"),
+    *("past_key_values", "cache_implementation", "max_new_tokens", "max_length"),
+    *("stop_strings", "stopping_criteria", "streamer"),
+    *("return_dict_in_generate", "prefill_chunk_size"),
+)
+"""Arguments of transformers' `generate` that restoring and streaming set themselves."""
+
+_SPECULATIVE = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit")
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
@@ -28,6 +38,9 @@ class GenerationOptions:
         stop: the answer ends before the first of these strings, or before the one.
         seed: seeds torch's global generator before sampling.
         extra: more arguments for transformers' `generate`.
+
+    Raises:
+        ValueError: one of them makes no sense, or cannot be used on a restored cache.
     """
 
     max_new_tokens: int = 256
@@ -47,8 +60,22 @@ class GenerationOptions:
             raise ValueError(f"top_p lies between 0 and 1, but is {self.top_p}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be positive, not {self.top_k}")
+        self._check_extra()
+
+    def _check_extra(self) -> None:
+        set_here = [name for name in _SET_HERE if name in self.extra]
+        if set_here:
+            raise ValueError(
+                f"{', '.join(set_here)}: set by the library, not by arguments for transformers' "
+                "generate; see max_new_tokens and stop"
+            )
+        if not self.extra.get("use_cache", True):
+            raise ValueError("use_cache=False: what is restored is the KV cache")
+        for name in _SPECULATIVE:
+            if self.extra.get(name) is not None:
+                raise ValueError(f"{name}: speculative decoding cannot run on a restored cache")
         for name in ("num_beams", "num_return_sequences"):
-            if self.extra.get(name, 1) != 1:
+            if self.extra.get(name, 1) not in (None, 1):
                 raise ValueError(f"{name}={self.extra[name]}: only one sequence can be generated")
 
     @property
@@ -220,15 +247,15 @@ def decode(
         torch.manual_seed(options.seed)
     ids = torch.tensor(token_ids.tolist(), dtype=torch.long, device=model.device).unsqueeze(0)
     generate: Any = model.generate
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     sequences = generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,
         max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         streamer=_TokenStreamer(on_token),
         stopping_criteria=[_Cancel(cancelled), _Cancel(stopping)],
-        **options.generate_kwargs(),
+        **{"pad_token_id": padding, **options.generate_kwargs()},
     )
     generated = tuple(int(token) for token in sequences[0, ids.shape[1] :])
     text = str(tokenizer.decode(list(generated), skip_special_tokens=True))

@@ -8,22 +8,110 @@ from collections.abc import Callable, Iterator
 from contextvars import copy_context
 from functools import partial
 
+from hcache_rag.line import Line, Place
 from hcache_rag.openmp import give_back_threads
 from hcache_rag.provenance import Generation
+
+Run = Callable[[Callable[[str], None], threading.Event], Generation]
+"""Computes an answer: takes what is called with each piece of text, and what ends it when set."""
+
+
+class Computation:
+    """An answer that a thread computes once its turn has come.
+
+    It knows nothing of who reads it, so that a reader that is dropped is collected.
+
+    Args:
+        run: computes the answer.
+        put: called with each piece of text, and at the end with None or the error, on that thread.
+        line, limit: where it waits for its turn; without a line it has it at once.
+        on_result: called with the finished answer when the turn is over, before the end is put.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        put: Callable[[str | BaseException | None], None],
+        line: Line | None = None,
+        limit: int = 1,
+        on_result: Callable[[Generation], None] = lambda _answer: None,
+    ) -> None:
+        self._run = run
+        self._put = put
+        self._on_result = on_result
+        self._cancelled = threading.Event()
+        self._context = copy_context()
+        self._place = Place(line if line is not None else Line(), limit, self._start)
+        self._thread: threading.Thread | None = None
+        self.has_begun = False
+        self.result: Generation | None = None
+
+    def begin(self) -> None:
+        """Stand in the line; once."""
+        self.has_begun = True
+        self._place.join()
+
+    def cancel(self) -> None:
+        """End after the token that is being computed."""
+        self._cancelled.set()
+
+    def stop(self) -> bool:
+        """Cancel, and wait for no turn any more; whether an end is still to be put."""
+        self.cancel()
+        return self.has_begun and not self._place.give_up()
+
+    def join(self) -> None:
+        """Wait for the thread, when the end was put."""
+        if self._thread is not None and self._thread.ident is not None:
+            self._thread.join()
+
+    def _start(self) -> None:
+        if self._cancelled.is_set():
+            return self._end(None)
+        work = partial(self._context.run, self._compute)
+        self._thread = threading.Thread(target=work, name="hcache-generate", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # no more threads
+            self._end(error)
+
+    def _compute(self) -> None:
+        end: BaseException | None = None
+        try:
+            answer = self._run(self._put, self._cancelled)
+            self._place.leave()
+            self._on_result(answer)
+            self.result = answer
+        except BaseException as error:
+            end = error
+        self._end(end)
+
+    def _end(self, end: BaseException | None) -> None:
+        self._place.leave()
+        self._put(end)
 
 
 class GenerationStream(Iterator[str]):
     """An answer on its way: an iterator of pieces of text.
 
-    Generation runs on a thread of its own, from the first `next` on. Its error is raised by the
-    iterator. `close`, or leaving a `with` block, stops the computation after the token that is
-    being computed and waits for the thread. The thread that makes the stream and the one that
-    waits for a piece give their OpenMP threads back, so that generation has the processors.
+    Generation runs on a thread of its own, from the first `next` on, when its turn has come. Its
+    error is raised by the iterator. `close`, or leaving a `with` block, stops the computation after
+    the token that is being computed and waits for the thread. The thread that makes the stream and
+    the one that waits for a piece give their OpenMP threads back, so that generation has the
+    processors.
+
+    Args: see `Computation`.
     """
 
-    def __init__(self, run: Callable[[Callable[[str], None], threading.Event], Generation]) -> None:
-        self._answer = _Answer(run)
-        self._thread: threading.Thread | None = None
+    def __init__(
+        self,
+        run: Run,
+        line: Line | None = None,
+        limit: int = 1,
+        on_result: Callable[[Generation], None] = lambda _answer: None,
+    ) -> None:
+        self._items: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+        self._computation = Computation(run, self._items.put, line, limit, on_result)
         self._finished = False
         give_back_threads()
 
@@ -34,22 +122,21 @@ class GenerationStream(Iterator[str]):
         Raises:
             RuntimeError: the stream has not ended yet.
         """
-        if self._answer.result is None:
+        if self._computation.result is None:
             raise RuntimeError("the stream has not been read to its end")
-        return self._answer.result
+        return self._computation.result
 
     def __next__(self) -> str:
         if self._finished:
             raise StopIteration
         give_back_threads()
-        if self._thread is None:
-            work = partial(copy_context().run, self._answer.compute)
-            self._thread = threading.Thread(target=work, name="hcache-generate", daemon=True)
-            self._thread.start()
-        item = self._answer.items.get()
+        if not self._computation.has_begun:
+            self._computation.begin()
+        item = self._items.get()
         if isinstance(item, str):
             return item
-        self.close()
+        self._finished = True
+        self._computation.join()
         if item is not None:
             raise item
         raise StopIteration
@@ -62,10 +149,13 @@ class GenerationStream(Iterator[str]):
 
     def close(self) -> None:
         """Stop generating and wait until the thread has ended."""
+        if self._finished:
+            return
         self._finished = True
-        self._answer.cancelled.set()
-        if self._thread is not None and self._thread.is_alive():
-            self._thread.join()
+        if self._computation.stop():
+            while isinstance(self._items.get(), str):
+                pass
+            self._computation.join()
 
     def __enter__(self) -> GenerationStream:
         return self
@@ -74,22 +164,4 @@ class GenerationStream(Iterator[str]):
         self.close()
 
     def __del__(self) -> None:
-        self._answer.cancelled.set()
-
-
-class _Answer:
-    """The thread's side. It knows nothing of the stream, so that a dropped stream is collected."""
-
-    def __init__(self, run: Callable[[Callable[[str], None], threading.Event], Generation]) -> None:
-        self._run = run
-        self.items: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-        self.cancelled = threading.Event()
-        self.result: Generation | None = None
-
-    def compute(self) -> None:
-        end: BaseException | None = None
-        try:
-            self.result = self._run(self.items.put, self.cancelled)
-        except BaseException as error:
-            end = error
-        self.items.put(end)
+        self._computation.cancel()  # it must take no lock: a collection may come at any time

@@ -1306,7 +1306,7 @@ def test_a_closed_stream_has_stopped(talker: HCacheEngine) -> None:
     """After `close` no thread of the library is alive, and the next request is answered."""
     before = talker.generate(PROMPT, options=options())
     stream = talker.stream(PROMPT, options=options(500))
-    with on_forward(talker.adapter.model, _wait_from(3, stream._answer.cancelled)), stream:
+    with on_forward(talker.adapter.model, _wait_from(3, stream._computation._cancelled)), stream:
         assert next(stream) == before.text[0]
     assert not own_threads()
     assert stream.result.finish_reason == "cancelled"

@@ -1,17 +1,15 @@
 """`HCacheLLM`: a LlamaIndex LLM that restores the documents it finds in its prompts.
 
-All public methods stand on two undecorated ones, so that one call is one pair of events.
+All public methods stand on one undecorated one, so that one call is one pair of events.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
-import tempfile
 import threading
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -31,23 +29,60 @@ from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.prompts.default_prompt_selectors import DEFAULT_TEXT_QA_PROMPT_SEL
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hcache_rag.bundled import MODEL_NAME, default_model_path
 from hcache_rag.engine import Fidelity, HCacheEngine
 from hcache_rag.generation import GenerationOptions
 from hcache_rag.layout import StateLayout
+from hcache_rag.llama_index.awaiting import AsyncGenerationStream
+from hcache_rag.llama_index.calls import chat_template_of, options_of, temperature_of
+from hcache_rag.llama_index.closing import closing, opened
 from hcache_rag.llama_index.events import report_restore
-from hcache_rag.models import ModelAdapter, load_model
+from hcache_rag.llama_index.resident import Keeping, Reading, Resident, load
+from hcache_rag.llama_index.responses import (
+    achats,
+    acompletions,
+    chat_of,
+    chats,
+    completion_of,
+    completions,
+)
+from hcache_rag.models import ModelAdapter
 from hcache_rag.profile import HardwareProfile
 from hcache_rag.prompt import Tokenization
-from hcache_rag.provenance import Generation, Provenance
+from hcache_rag.provenance import Generation
 from hcache_rag.store import StateStore
 from hcache_rag.streaming import GenerationStream
 
-_MARK = "\x02documents\x03"
-_PATIENCE_S = 0.05
-"""A call that waits for its turn looks so often whether it was cancelled."""
+ChatMemory = Literal["auto", "always", "never"]
 
-_OPTIONS = ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "seed")
+_MARK = "\x02documents\x03"
+_LOADED = ("model_name", "dtype")
+"""What a copy cannot change: it shares the loaded model."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A prompt to answer, and how."""
+
+    engine: HCacheEngine
+    prompt: str
+    options: GenerationOptions
+    add_bos: bool
+    remember: bool = False
+
+    def run(
+        self,
+        on_text: Callable[[str], None] | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> Generation:
+        """Answer it."""
+        return self.engine.generate(
+            self.prompt,
+            options=self.options,
+            add_bos=self.add_bos,
+            remember=self.remember,
+            on_text=on_text,
+            cancelled=cancelled,
+        )
 
 
 class HCacheLLM(CustomLLM):
@@ -62,7 +97,7 @@ class HCacheLLM(CustomLLM):
             names one gets a temporary folder.
         dtype: what `model_name` is loaded as, "float32" or "bfloat16".
         max_new_tokens: the longest answer.
-        temperature: 0 (the default) decodes greedily.
+        temperature: 0 decodes greedily, and is the default where `generate_kwargs` say nothing.
         representation: "auto", "hidden", "kv", one of the latter two per layer, or a layout.
         storage_dtype: what states are stored in, see `HCacheEngine`.
         profile: the machine, see `HCacheEngine`.
@@ -77,14 +112,24 @@ class HCacheLLM(CustomLLM):
         text_qa_template: the template whose head documents are read after. Change it together
             with the query engine's; a prompt with another head still restores its documents.
         generate_kwargs: more arguments for transformers' `generate`.
-        max_concurrency: calls that may compute at once; others wait.
+        max_concurrency: calls that may compute at once; others wait, first come, first served.
         chat_memory: which conversations are kept, so that their next turn restores them exactly:
             "auto", those that hold an answer already; "always", from the first turn on; "never".
         keep_recurring: keep rows of documents that recur as exact paths, see `HCacheEngine`.
 
+    A copy (`model_copy`, `copy`, `deepcopy`) shares the model and the store, and with equal reading
+    the engine; changed fields count from the next call on. `close` closes them for all copies.
+    Unpickling loads the model anew and opens the same store.
+
     `complete`, `chat` and the streaming and asynchronous forms take `max_new_tokens`,
     `temperature`, `top_p`, `top_k`, `stop` and `seed` per call. Responses carry token counts and
     the provenance ("hcache") in `additional_kwargs`.
+
+    Raises:
+        ModelNotFoundError: there is no model in `model_name`.
+        UnsupportedModelError: the model cannot be restored on.
+        StoreOpenError: `store` is a path that cannot hold a store.
+        ValueError: an argument makes no sense.
 
     Examples:
         `pip install hcache-rag`
@@ -97,10 +142,14 @@ class HCacheLLM(CustomLLM):
         ```
     """
 
-    model_name: str = Field(default="", description="A folder with a transformers model.")
-    dtype: str = Field(default="float32", description="The dtype that the model is loaded as.")
-    max_new_tokens: int = Field(default=256, description="The longest answer, in tokens.", gt=0)
-    temperature: float = Field(default=0.0, description="0 decodes greedily.", ge=0)
+    model_name: str = Field(
+        default="", description="A folder with a transformers model.", frozen=True
+    )
+    dtype: str = Field(
+        default="float32", description="The dtype that the model is loaded as.", frozen=True
+    )
+    max_new_tokens: int = Field(default=256, description="The longest answer, in tokens.")
+    temperature: float = Field(default=0.0, description="0 decodes greedily.")
     is_chat_model: bool = Field(default=True, description="Whether a chat template is applied.")
     tokenization: str = Field(default="segmented", description="'segmented' or 'strict'.")
     fidelity: str | float = Field(default="auto", description="The dial, or a share.")
@@ -108,26 +157,13 @@ class HCacheLLM(CustomLLM):
     generate_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="More arguments for transformers' generate."
     )
-    max_concurrency: int = Field(default=1, description="Calls that compute at once.", gt=0)
-    chat_memory: Literal["auto", "always", "never"] = Field(
-        default="auto", description="Which conversations are kept."
-    )
+    max_concurrency: int = Field(default=1, description="Calls that compute at once.")
+    chat_memory: str = Field(default="auto", description="Which conversations are kept.")
     keep_recurring: bool = Field(default=True, description="Rows of documents become exact.")
 
-    _model: PreTrainedModel = PrivateAttr()
-    _adapter: ModelAdapter = PrivateAttr()
-    _tokenizer: PreTrainedTokenizerBase = PrivateAttr()
-    _representation: str | Sequence[str] | StateLayout = PrivateAttr()
-    _storage_dtype: str | None = PrivateAttr()
-    _profile: HardwareProfile | Literal["auto"] | None = PrivateAttr()
+    _resident: Resident = PrivateAttr()
     _template: BasePromptTemplate | None = PrivateAttr()
-    _store: StateStore | None = PrivateAttr()
-    _owns_store: bool = PrivateAttr()
-    _temporary: tempfile.TemporaryDirectory[str] | None = PrivateAttr()
-    _engine: HCacheEngine | None = PrivateAttr()
-    _reference_mode: bool = PrivateAttr()
-    _slots: threading.Semaphore = PrivateAttr()
-    _lock: threading.Lock = PrivateAttr()
+    _chat_template: Callable[[Sequence[ChatMessage]], str] = PrivateAttr()
 
     def __init__(
         self,
@@ -138,7 +174,7 @@ class HCacheLLM(CustomLLM):
         store: StateStore | str | os.PathLike[str] | None = None,
         dtype: str = "float32",
         max_new_tokens: int = 256,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         representation: str | Sequence[str] | StateLayout = "auto",
         storage_dtype: str | None = None,
         profile: HardwareProfile | Literal["auto"] | None = "auto",
@@ -149,28 +185,32 @@ class HCacheLLM(CustomLLM):
         text_qa_template: BasePromptTemplate | None = None,
         generate_kwargs: dict[str, Any] | None = None,
         max_concurrency: int = 1,
-        chat_memory: Literal["auto", "always", "never"] = "auto",
+        chat_memory: ChatMemory = "auto",
         keep_recurring: bool = True,
         reference_mode: bool = False,
         **kwargs: Any,
     ) -> None:
-        if (model is None) != (tokenizer is None):
-            raise ValueError("give both of model= and tokenizer=, or neither")
-        if model is not None and model_name is not None:
-            raise ValueError("give either model_name or model= and tokenizer=, not both")
-        if model is None or tokenizer is None:
-            path = str(model_name) if model_name is not None else str(default_model_path())
-            model, tokenizer = load_model(path, dtype=dtype)
-            name = path if model_name is not None else MODEL_NAME
-        else:
-            name = str(model.config.name_or_path or model.config.model_type)
-        if is_chat_model is None:
-            is_chat_model = tokenizer.chat_template is not None
-        if is_chat_model and kwargs.get("messages_to_prompt") is None:
-            kwargs["messages_to_prompt"] = _chat_template_of(tokenizer)
         unknown = sorted(set(kwargs) - set(type(self).model_fields))
         if unknown:
             raise TypeError(f"unknown argument(s): {', '.join(unknown)}")
+        _check_choice("chat_memory", chat_memory, get_args(ChatMemory))
+        _check_choice("tokenization", tokenization, get_args(Tokenization))
+        _check_choice("context_at_index", context_at_index, ("none", "documents"))
+        if max_concurrency < 1:
+            raise ValueError(f"max_concurrency must be positive, not {max_concurrency}")
+        generate_kwargs = dict(generate_kwargs or {})
+        if temperature is None:
+            temperature = temperature_of(generate_kwargs, 0.0)
+        for name in ("do_sample", "temperature"):
+            generate_kwargs.pop(name, None)
+        options_of(max_new_tokens, temperature, generate_kwargs, {})  # refuses at once
+        loaded = load(model_name, model, tokenizer, dtype)
+        model, tokenizer, name = loaded.model, loaded.tokenizer, loaded.name
+        if is_chat_model is None:
+            is_chat_model = tokenizer.chat_template is not None
+        chat_template = chat_template_of(tokenizer)
+        if is_chat_model and kwargs.get("messages_to_prompt") is None:
+            kwargs["messages_to_prompt"] = chat_template
         super().__init__(
             model_name=name,
             dtype=str(model.dtype).removeprefix("torch."),
@@ -180,30 +220,19 @@ class HCacheLLM(CustomLLM):
             fidelity=fidelity,
             context_at_index=context_at_index,
             tokenization=tokenization,
-            generate_kwargs=generate_kwargs or {},
+            generate_kwargs=generate_kwargs,
             max_concurrency=max_concurrency,
             chat_memory=chat_memory,
             keep_recurring=keep_recurring,
             **kwargs,
         )
-        self._model, self._tokenizer = model, tokenizer
-        self._adapter = ModelAdapter(model, name)  # refuses an unsupported model at once
-        self._representation = representation
-        self._storage_dtype = storage_dtype
-        self._profile = profile
         self._template = text_qa_template
-        self._reference_mode = reference_mode
-        self._temporary = None
-        self._engine = None
-        self._slots = threading.Semaphore(max_concurrency)
-        self._lock = threading.Lock()
-        self._store = None
-        self._owns_store = not isinstance(store, StateStore)
+        self._chat_template = chat_template
+        keeping = Keeping(representation, storage_dtype, profile, reference_mode)
+        self._resident = Resident(loaded, store, keeping)
         if store is not None:
-            self._store = store if isinstance(store, StateStore) else _open(store)
-        if self._store is not None:
             try:
-                self._engine = self._new_engine(self._store)
+                _ = self.engine
             except BaseException:
                 self.close()
                 raise
@@ -217,7 +246,7 @@ class HCacheLLM(CustomLLM):
     def metadata(self) -> LLMMetadata:
         """What LlamaIndex sizes its prompts by."""
         return LLMMetadata(
-            context_window=self._adapter.spec.window_tokens,
+            context_window=self.adapter.spec.window_tokens,
             num_output=self.max_new_tokens,
             is_chat_model=self.is_chat_model,
             is_function_calling_model=False,
@@ -227,22 +256,17 @@ class HCacheLLM(CustomLLM):
     @property
     def engine(self) -> HCacheEngine:
         """The engine behind this LLM; made, and with it a temporary store, at the first use."""
-        with self._lock:
-            if self._engine is None:
-                self._temporary = tempfile.TemporaryDirectory(prefix="hcache-rag-")
-                self._store = StateStore.open(self._temporary.name)
-                self._engine = self._new_engine(self._store)
-            return self._engine
+        return self._resident.engine(self._reading, lambda: self.preamble)
 
     @property
     def adapter(self) -> ModelAdapter:
         """The model as capturing and restoring see it."""
-        return self._adapter
+        return self._resident.adapter
 
     @property
     def has_store(self) -> bool:
         """Whether a store was named, by the caller or by a retriever."""
-        return self._store is not None and self._temporary is None
+        return self._resident.store is not None
 
     def use_store(self, path: str | os.PathLike[str]) -> None:
         """Keep states in the folder `path` from now on.
@@ -250,29 +274,48 @@ class HCacheLLM(CustomLLM):
         Raises:
             ValueError: the LLM has another store already.
         """
-        with self._lock:
-            if self.has_store and self._store is not None:
-                raise ValueError(f"this LLM already keeps its states in {self._store.path}")
-            store = _open(path)
-            self._close_temporary()
-            self._store, self._engine = store, self._new_engine(store)
+        self._resident.use_store(path, self._reading, lambda: self.preamble)
 
     def close(self) -> None:
         """Close the store, unless the caller brought it open; the LLM cannot be used any more."""
-        if self._engine is not None:
-            self._engine.close()
-        if self._store is not None and self._owns_store:
-            self._store.close()
-        self._close_temporary()
+        self._resident.close()
 
-    def _close_temporary(self) -> None:
-        if self._temporary is not None:
-            if self._engine is not None:
-                self._engine.close()
-            if self._store is not None:
-                self._store.close()
-            self._temporary.cleanup()
-            self._temporary = None
+    def __enter__(self) -> HCacheLLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def tokenize(self, text: str) -> list[int]:
+        """The model's own token ids of a text, for `Settings.tokenizer`."""
+        ids: list[int] = self._resident.loaded.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def model_copy(
+        self, *, update: Mapping[str, Any] | None = None, deep: bool = False
+    ) -> HCacheLLM:
+        """A copy that shares the model and the store, with some fields changed.
+
+        Raises:
+            ValueError: what is changed belongs to the loaded model, or there is no such field.
+        """
+        update = dict(update or {})
+        loaded = [name for name in _LOADED if name in update]
+        if loaded:
+            raise ValueError(f"a copy shares the loaded model: {', '.join(loaded)} cannot change")
+        unknown = sorted(set(update) - set(type(self).model_fields))
+        if unknown:
+            raise ValueError(f"there is no field {', '.join(unknown)}")
+        return super().model_copy(update=update, deep=deep)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        model_name, its = self._resident.elsewhere()
+        left_out = {"model_name", "callback_manager"}
+        if not self._chat_adds_bos:
+            left_out.add("messages_to_prompt")
+        fields = {n: getattr(self, n) for n in type(self).model_fields if n not in left_out}
+        its |= {"text_qa_template": self._template}
+        return _made_again, (type(self), model_name, fields | its)
 
     @property
     def preamble(self) -> str:
@@ -294,227 +337,111 @@ class HCacheLLM(CustomLLM):
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Complete a prompt."""
-        return self._completion(self._generate(self._formatted(prompt, formatted), True, kwargs))
+        return completion_of(self._answer(self._completion(prompt, formatted, kwargs)))
 
-    @llm_completion_callback()
+    @closing(llm_completion_callback())
     def stream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseGen:
         """Complete a prompt piece by piece; closing the generator stops the computation."""
-        stream = self._stream(self._formatted(prompt, formatted), True, kwargs)
-
-        def responses() -> CompletionResponseGen:
-            with stream:
-                text = ""
-                for piece in stream:
-                    text += piece
-                    yield CompletionResponse(text=text, delta=piece)
-                yield self._completion(stream.result, text)
-
-        return responses()
+        return completions(self._stream(self._completion(prompt, formatted, kwargs)))
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation."""
-        prompt, remember = self._prompt_of(messages), self._remembers(messages)
-        return self._chat(self._generate(prompt, False, kwargs, remember))
+        return chat_of(self._answer(self._conversation(messages, kwargs)))
 
-    @llm_chat_callback()
+    @closing(llm_chat_callback())
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """Answer a conversation piece by piece; closing the generator stops the computation."""
-        stream = self._chat_stream(messages, kwargs)
-
-        def responses() -> ChatResponseGen:
-            with stream:
-                text = ""
-                for piece in stream:
-                    text += piece
-                    yield ChatResponse(message=_assistant(text), delta=piece)
-                yield self._chat(stream.result, text)
-
-        return responses()
+        return chats(self._stream(self._conversation(messages, kwargs)))
 
     @llm_completion_callback()
     async def acomplete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponse:
         """`complete` on another thread; the event loop goes on, cancelling stops it."""
-        return self._completion(
-            await _read(self._stream(self._formatted(prompt, formatted), True, kwargs))
-        )
+        call = self._completion(prompt, formatted, kwargs)
+        return completion_of(await self._async_stream(call).read())
 
-    @llm_completion_callback()
+    @closing(llm_completion_callback())
     async def astream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
         """`stream_complete` on another thread; the event loop goes on."""
-        stream = self._stream(self._formatted(prompt, formatted), True, kwargs)
-
-        async def responses() -> CompletionResponseAsyncGen:
-            text = ""
-            try:
-                while (piece := await asyncio.to_thread(next, stream, None)) is not None:
-                    text += piece
-                    yield CompletionResponse(text=text, delta=piece)
-                yield self._completion(stream.result, text)
-            finally:
-                await asyncio.to_thread(stream.close)
-
-        return responses()
+        return acompletions(self._async_stream(self._completion(prompt, formatted, kwargs)))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """`chat` on another thread; the event loop goes on, cancelling stops it."""
-        return self._chat(await _read(self._chat_stream(messages, kwargs)))
+        call = self._conversation(messages, kwargs)
+        return chat_of(await self._async_stream(call).read())
 
-    @llm_chat_callback()
+    @closing(llm_chat_callback())
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **kwargs: Any
     ) -> ChatResponseAsyncGen:
         """`stream_chat` on another thread; the event loop goes on."""
-        stream = self._chat_stream(messages, kwargs)
+        return achats(self._async_stream(self._conversation(messages, kwargs)))
 
-        async def responses() -> ChatResponseAsyncGen:
-            text = ""
-            try:
-                while (piece := await asyncio.to_thread(next, stream, None)) is not None:
-                    text += piece
-                    yield ChatResponse(message=_assistant(text), delta=piece)
-                yield self._chat(stream.result, text)
-            finally:
-                await asyncio.to_thread(stream.close)
-
-        return responses()
-
-    def _new_engine(self, store: StateStore) -> HCacheEngine:
-        return HCacheEngine(
-            self._model,
-            self._tokenizer,
-            store,
-            preamble=self.preamble,
-            add_bos=not self.is_chat_model,
-            representation=self._representation,
-            storage_dtype=self._storage_dtype,
-            profile=self._profile,
-            fidelity=self.fidelity,  # type: ignore[arg-type]
-            keep_recurring=self.keep_recurring,
-            context_at_index=self.context_at_index,  # type: ignore[arg-type]
-            tokenization=self.tokenization,  # type: ignore[arg-type]
-            reference_mode=self._reference_mode,
-            name=self.model_name,
-        )
-
-    def _remembers(self, messages: Sequence[ChatMessage]) -> bool:
-        """Whether a conversation is kept."""
-        has_answer = any(message.role == MessageRole.ASSISTANT for message in messages)
-        return self.chat_memory == "always" or (self.chat_memory == "auto" and has_answer)
-
-    def _generate(
-        self, prompt: str, add_bos: bool, kwargs: dict[str, Any], remember: bool = False
-    ) -> Generation:
-        options, engine = self._options(kwargs), self.engine
-        with self._slots:
-            answer = engine.generate(prompt, options=options, add_bos=add_bos, remember=remember)
+    def _answer(self, call: _Call) -> Generation:
+        with self._resident.line.turn(self.max_concurrency):
+            answer = call.run()
         report_restore(answer)
         return answer
 
-    def _stream(
-        self, prompt: str, add_bos: bool, kwargs: dict[str, Any], remember: bool = False
-    ) -> GenerationStream:
-        options, engine, slots = self._options(kwargs), self.engine, self._slots
+    def _stream(self, call: _Call) -> GenerationStream:
+        line = self._resident.line
+        return opened(GenerationStream(call.run, line, self.max_concurrency, report_restore))
 
-        def run(on_text: Callable[[str], None], cancelled: threading.Event) -> Generation:
-            while not slots.acquire(timeout=_PATIENCE_S):
-                if cancelled.is_set():
-                    return Generation("", (), "cancelled", Provenance(0, 0, 0, 0))
-            try:
-                answer = engine.generate(
-                    prompt,
-                    options=options,
-                    add_bos=add_bos,
-                    remember=remember,
-                    on_text=on_text,
-                    cancelled=cancelled,
-                )
-            finally:
-                slots.release()
-            report_restore(answer)
-            return answer
+    def _async_stream(self, call: _Call) -> AsyncGenerationStream:
+        line = self._resident.line
+        return opened(AsyncGenerationStream(call.run, line, self.max_concurrency, report_restore))
 
-        return GenerationStream(run)
+    def _completion(self, prompt: str, formatted: bool, kwargs: dict[str, Any]) -> _Call:
+        """A call of the completion methods; what is not formatted is, as `predict` would."""
+        if not formatted and self.completion_to_prompt is not None:
+            prompt = self._extend_prompt(self.completion_to_prompt(prompt))
+        return _Call(self.engine, prompt, self._options(kwargs), add_bos=True)
 
-    def _chat_stream(
-        self, messages: Sequence[ChatMessage], kwargs: dict[str, Any]
-    ) -> GenerationStream:
-        remember = self._remembers(messages)
-        return self._stream(self._prompt_of(messages), False, kwargs, remember)
+    def _conversation(self, messages: Sequence[ChatMessage], kwargs: dict[str, Any]) -> _Call:
+        """A call of the chat methods."""
+        has_answer = any(message.role == MessageRole.ASSISTANT for message in messages)
+        remember = self.chat_memory == "always" or (self.chat_memory == "auto" and has_answer)
+        prompt, options = self._prompt_of(messages), self._options(kwargs)
+        return _Call(self.engine, prompt, options, self._chat_adds_bos, remember)
 
     def _options(self, kwargs: dict[str, Any]) -> GenerationOptions:
-        unknown = sorted(set(kwargs) - set(_OPTIONS))
-        if unknown:
-            known = ", ".join(_OPTIONS)
-            raise TypeError(f"unknown argument(s) {', '.join(unknown)}; known per call: {known}")
-        given = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, **kwargs}
-        if ("top_p" in kwargs or "top_k" in kwargs) and not given["temperature"]:
-            given["temperature"] = kwargs.get("temperature", 1.0)  # asked to sample
-        return GenerationOptions(**given, extra=self.generate_kwargs)
-
-    def _formatted(self, prompt: str, formatted: bool) -> str:
-        if formatted or self.completion_to_prompt is None:
-            return prompt
-        return self.completion_to_prompt(prompt)
+        return options_of(self.max_new_tokens, self.temperature, self.generate_kwargs, kwargs)
 
     def _prompt_of(self, messages: Sequence[ChatMessage]) -> str:
         if self.messages_to_prompt is None:
             raise ValueError("this LLM has no messages_to_prompt")
         return self.messages_to_prompt(messages)
 
-    def _completion(self, answer: Generation, streamed: str | None = None) -> CompletionResponse:
-        text = answer.text if streamed is None else streamed
-        delta = None if streamed is None else ""
-        return CompletionResponse(text=text, delta=delta, additional_kwargs=_account(answer))
+    @property
+    def _chat_adds_bos(self) -> bool:
+        """Whether a conversation gets the tokenizer's first token in front, if it has none: the
+        chat template has put everything there that it wants.
+        """
+        return self.messages_to_prompt is not self._chat_template
 
-    def _chat(self, answer: Generation, streamed: str | None = None) -> ChatResponse:
-        text = answer.text if streamed is None else streamed
-        delta = None if streamed is None else ""
-        return ChatResponse(
-            message=_assistant(text), delta=delta, additional_kwargs=_account(answer)
+    @property
+    def _reading(self) -> Reading:
+        return Reading(
+            self.fidelity,  # type: ignore[arg-type]
+            self.context_at_index,  # type: ignore[arg-type]
+            self.tokenization,  # type: ignore[arg-type]
+            self.keep_recurring,
+            add_bos=self._chat_adds_bos if self.is_chat_model else True,
         )
 
 
-def _open(path: str | os.PathLike[str]) -> StateStore:
-    """The store in a folder; one that cannot be written is read."""
-    folder = Path(path).expanduser()
-    return StateStore.open(folder, read_only=folder.is_dir() and not os.access(folder, os.W_OK))
+def _made_again(cls: type[HCacheLLM], model_name: str | None, fields: dict[str, Any]) -> HCacheLLM:
+    return cls(model_name, **fields)
 
 
-async def _read(stream: GenerationStream) -> Generation:
-    try:
-        return await asyncio.to_thread(stream.read)
-    finally:
-        await asyncio.to_thread(stream.close)
-
-
-def _assistant(text: str) -> ChatMessage:
-    return ChatMessage(role=MessageRole.ASSISTANT, content=text)
-
-
-def _account(answer: Generation) -> dict[str, Any]:
-    prompt, completion = answer.provenance.prompt_tokens, len(answer.token_ids)
-    return {
-        "hcache": answer.provenance.to_dict(),
-        "finish_reason": answer.finish_reason,
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-    }
-
-
-def _chat_template_of(
-    tokenizer: PreTrainedTokenizerBase,
-) -> Callable[[Sequence[ChatMessage]], str]:
-    def messages_to_prompt(messages: Sequence[ChatMessage]) -> str:
-        plain = [{"role": m.role.value, "content": m.content or ""} for m in messages]
-        return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
-
-    return messages_to_prompt
+def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        *others, last = map(repr, allowed)
+        raise ValueError(f"{name} is {', '.join(others)} or {last}, not {value!r}")
