@@ -28,9 +28,9 @@ from hcache_rag.errors import SourceError, StoreError
 from hcache_rag.indexing import PrecomputeReport
 from hcache_rag.llama_index.events import StateRestoreEvent
 from hcache_rag.llama_index.llm import HCacheLLM
+from hcache_rag.llama_index.persisted import load_index, read_manifest
 from hcache_rag.llama_index.retriever import STATES, HCacheRetriever
 from hcache_rag.llama_index.text import llm_text
-from hcache_rag.llama_index.vectors import VectorIndex, read_manifest
 from hcache_rag.measure import find_profile, measure
 from hcache_rag.models import ModelAdapter
 from hcache_rag.profile import PROFILE_NAME, HardwareProfile
@@ -312,7 +312,7 @@ def read_again(persist_dir: Path, texts: Sequence[str] | None = None) -> int:
         How many texts were read.
     """
     if texts is None:
-        texts = [llm_text(node) for node in VectorIndex.load(persist_dir).nodes]
+        texts = [llm_text(node) for node in load_index(persist_dir).nodes]
     llm = ModelChoice.of(persist_dir).load(persist_dir)
     try:
         return llm.engine.precompute(texts).stored
@@ -343,7 +343,7 @@ def collect_garbage(persist_dir: Path, *, compact: bool = False) -> Collected:
     Args:
         compact: give the disk back what is free then.
     """
-    nodes = VectorIndex.load(persist_dir).nodes
+    nodes = load_index(persist_dir).nodes
     with open_states(persist_dir, read_only=False) as states:
         keep = {record.key for node in nodes for record in states.find(llm_text(node))}
         used, on_disk = states.used_bytes(), states.file_bytes()

@@ -35,7 +35,7 @@ from hcache_rag.bundled import MODEL_NAME, default_model_path
 from hcache_rag.engine import Fidelity, HCacheEngine
 from hcache_rag.generation import GenerationOptions
 from hcache_rag.layout import StateLayout
-from hcache_rag.llama_index.events import report_restore
+from hcache_rag.llama_index.events import restore
 from hcache_rag.models import ModelAdapter, load_model
 from hcache_rag.profile import HardwareProfile
 from hcache_rag.prompt import Tokenization
@@ -81,6 +81,8 @@ class HCacheLLM(CustomLLM):
         chat_memory: which conversations are kept, so that their next turn restores them exactly:
             "auto", those that hold an answer already; "always", from the first turn on; "never".
         keep_recurring: keep rows of documents that recur as exact paths, see `HCacheEngine`.
+        store_missed: read documents that had no state afterwards, when nobody waits, see
+            `HCacheEngine`.
 
     `complete`, `chat` and the streaming and asynchronous forms take `max_new_tokens`,
     `temperature`, `top_p`, `top_k`, `stop` and `seed` per call. Responses carry token counts and
@@ -113,6 +115,7 @@ class HCacheLLM(CustomLLM):
         default="auto", description="Which conversations are kept."
     )
     keep_recurring: bool = Field(default=False, description="Rows of documents become exact.")
+    store_missed: bool = Field(default=True, description="Missed documents are read afterwards.")
 
     _model: PreTrainedModel = PrivateAttr()
     _adapter: ModelAdapter = PrivateAttr()
@@ -151,6 +154,7 @@ class HCacheLLM(CustomLLM):
         max_concurrency: int = 1,
         chat_memory: Literal["auto", "always", "never"] = "auto",
         keep_recurring: bool = False,
+        store_missed: bool = True,
         reference_mode: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -184,6 +188,7 @@ class HCacheLLM(CustomLLM):
             max_concurrency=max_concurrency,
             chat_memory=chat_memory,
             keep_recurring=keep_recurring,
+            store_missed=store_missed,
             **kwargs,
         )
         self._model, self._tokenizer = model, tokenizer
@@ -398,6 +403,7 @@ class HCacheLLM(CustomLLM):
             profile=self._profile,
             fidelity=self.fidelity,  # type: ignore[arg-type]
             keep_recurring=self.keep_recurring,
+            store_missed=self.store_missed,
             context_at_index=self.context_at_index,  # type: ignore[arg-type]
             tokenization=self.tokenization,  # type: ignore[arg-type]
             reference_mode=self._reference_mode,
@@ -414,9 +420,7 @@ class HCacheLLM(CustomLLM):
     ) -> Generation:
         options, engine = self._options(kwargs), self.engine
         with self._slots:
-            answer = engine.generate(prompt, options=options, add_bos=add_bos, remember=remember)
-        report_restore(answer)
-        return answer
+            return restore(engine, prompt, options=options, add_bos=add_bos, remember=remember)
 
     def _stream(
         self, prompt: str, add_bos: bool, kwargs: dict[str, Any], remember: bool = False
@@ -428,7 +432,8 @@ class HCacheLLM(CustomLLM):
                 if cancelled.is_set():
                     return Generation("", (), "cancelled", Provenance(0, 0, 0, 0))
             try:
-                answer = engine.generate(
+                return restore(
+                    engine,
                     prompt,
                     options=options,
                     add_bos=add_bos,
@@ -438,8 +443,6 @@ class HCacheLLM(CustomLLM):
                 )
             finally:
                 slots.release()
-            report_restore(answer)
-            return answer
 
         return GenerationStream(run)
 

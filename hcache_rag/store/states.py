@@ -345,12 +345,16 @@ class StateStore:
         *,
         add: bool = False,
         delete: bool = False,
+        within: str | None = None,
     ) -> int:
         """Say which states belong to some owners: ids of source documents, say.
 
         Args:
             add: they belong to them besides others; by default no others do.
             delete: delete the states that belong to nobody any more.
+            within: the owner that these are parts of, as nodes are of a document. What belongs to a
+                part belongs to it too, until it belongs to no part of it any more; and what does
+                not belong to it any more belongs to none of its parts.
 
         Returns:
             How many were deleted.
@@ -358,11 +362,12 @@ class StateStore:
         self._session.require_writable()
         rows = self._rows
         wanted = {rows.owner(owner): set(keys) for owner, keys in owned.items()}
+        whole = rows.owner(within) if within is not None else b""
         with self._session.reading() as txn:
-            if owners.is_assigned(txn, rows, wanted, add=add):
+            if owners.is_assigned(txn, rows, wanted, add=add, within=whole):
                 return 0
         with self._writing() as txn:
-            return owners.assign(txn, self._rows, wanted, add=add, delete=delete)
+            return owners.assign(txn, self._rows, wanted, add=add, delete=delete, within=whole)
 
     def keys_of(self, owner: str) -> list[StateKey]:
         """The states that belong to `owner`."""
@@ -602,6 +607,10 @@ class StoreReader:
         if value is None:
             raise MissingStateError(key, f"layer {layer}, chunk {chunk} is not in the store")
         return value
+
+    def load(self, key: StateKey, layer: int, chunk: int) -> int:
+        """Bring a chunk's value into memory as it is stored; its bytes, 0 where there is none."""
+        return self._rows.load(self._txn, key, layer, chunk)
 
 
 def _check_namespace(name: str) -> None:
