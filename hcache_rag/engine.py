@@ -55,6 +55,7 @@ from hcache_rag.resolved import Resolved, ResolvedPiece, exact_ones
 from hcache_rag.sequences import PendingState
 from hcache_rag.state import StateRecord, TokenIds, root_key
 from hcache_rag.store import StateStore
+from hcache_rag.store.models import UNKNOWN, StoredModel
 from hcache_rag.streaming import GenerationStream
 from hcache_rag.texts import TextSet
 
@@ -199,12 +200,12 @@ class HCacheEngine:
     def _bind(self) -> None:
         """Find, and store, the states of the model as it is now."""
         self.root = root_key(self.adapter.fingerprint, tokenizer_fingerprint(self.tokenizer))
-        if self._is_auto:
-            known = self.store.models().get(self.root)
-            self._set_fidelity(recommended(known.fidelity if known is not None else None))
         self._prefixes = Prefixes(self.adapter, self.store, self.root)
         preamble_ids = self._tokens.preamble(self.preamble, add_bos=self.add_bos)
         self._parent = self._prefixes.add(self.root, preamble_ids)
+        if self._is_auto:
+            known = self.store.models().get(self.root, UNKNOWN)
+            self._set_fidelity(recommended(known.fidelity_with(self.measured_with(known))))
         self._catalogue = Catalogue(
             self.store, self._tokens, self.root, self._parent, self._announced
         )
@@ -233,6 +234,15 @@ class HCacheEngine:
             is_kept=self._is_kept,
             costs=costs,
         )
+
+    def measured_with(self, model: StoredModel) -> str:
+        """What a fidelity that is measured now holds for: other states may need another one.
+
+        Args:
+            model: what the store that they are in knows of this model.
+        """
+        layout = model.layout or str(self.choice.layout)
+        return f"{layout}; context: {self.context_at_index}; after: {self._parent.hex()}"
 
     def _set_fidelity(self, fidelity: str | float) -> None:
         self.repair_share = repair_share(fidelity)

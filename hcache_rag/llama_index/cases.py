@@ -167,7 +167,7 @@ def write_recommendation(persist_dir: Path, llm: HCacheLLM, report: FidelityRepo
         HCacheError: see `keep_recommendation`; StoreOpenError: they cannot be written.
     """
     with open_states(persist_dir, read_only=False) as states:
-        keep_recommendation(report, states, llm.engine.root)
+        keep_recommendation(report, states, llm.engine)
 
 
 def first_sentence(text: str) -> str:

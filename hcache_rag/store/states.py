@@ -448,11 +448,15 @@ class StateStore:
             return
         self._change_model(root, name=name, layout=layout, reason=reason)
 
-    def set_fidelity(self, root: StateKey, fidelity: str | float | None) -> None:
+    def set_fidelity(
+        self, root: StateKey, fidelity: str | float | None, measured_with: str | None = None
+    ) -> None:
         """Remember what `HCacheEngine(fidelity="auto")` is to use for the model behind `root`.
 
         Args:
             fidelity: a position of the dial, or a share from 0 to 1; None forgets it.
+            measured_with: with which states, see `HCacheEngine.measured_with`: an engine with
+                others does not follow it. None is for all.
 
         Raises:
             ValueError: neither.
@@ -460,7 +464,7 @@ class StateStore:
         """
         if not is_fidelity(fidelity):
             raise ValueError(f"fidelity is a name or a share from 0 to 1, not {fidelity!r}")
-        self._change_model(root, fidelity=fidelity)
+        self._change_model(root, fidelity=fidelity, measured_with=measured_with)
 
     def _change_model(self, root: StateKey, **fields: str | float | None) -> None:
         with self._writing() as txn:
