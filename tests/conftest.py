@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,12 +95,17 @@ def pytest_make_parametrize_id(config: Any, val: Any) -> str | None:
     return label if isinstance(label, str) else None
 
 
+@cache
+def _tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return tiny_model(SHAPES[1]), byte_tokenizer()
+
+
 @pytest.fixture
 def new_llm() -> Iterator[Callable[..., HCacheLLM]]:
     """Makes LLMs over one tiny model, and closes them all at the end."""
     from hcache_rag.llama_index import HCacheLLM
 
-    model, tokenizer = tiny_model(SHAPES[1]), byte_tokenizer()
+    model, tokenizer = _tiny()
     made: list[HCacheLLM] = []
 
     def make(**options: Any) -> HCacheLLM:
