@@ -5,6 +5,7 @@ Importing this package imports neither torch nor llama_index; names are loaded w
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from hcache_rag.provenance import Generation, Provenance
     from hcache_rag.store import StateStore
     from hcache_rag.streaming import GenerationStream
+
+logging.getLogger("hcache_rag").addHandler(logging.NullHandler())
 
 __version__ = "0.1.0"
 

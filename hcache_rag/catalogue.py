@@ -65,6 +65,10 @@ class Catalogue:
         """Whether a state turned out to be unusable."""
         return key in self._damaged
 
+    def states(self, text: str) -> list[StateRecord]:
+        """The states of a text that this model can use, best first."""
+        return self._known(text)[0]
+
     def resolve(self, prompt: str, *, add_bos: bool, walked: Sequence[Step] = ()) -> Resolved:
         """Cut a prompt into pieces and find their states.
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hcache_rag.account import misses, provenance_of
+from hcache_rag.account import Served, misses, provenance_of
 from hcache_rag.buffers import BufferPool
 from hcache_rag.cache import RestoringCache
 from hcache_rag.catalogue import Catalogue
@@ -41,10 +41,12 @@ from hcache_rag.keeper import Keeper
 from hcache_rag.lanes import Cancelled
 from hcache_rag.layout import Representation, StateLayout
 from hcache_rag.measure import find_profile
+from hcache_rag.missed import MissedReader
 from hcache_rag.models import ModelAdapter
 from hcache_rag.openmp import give_back_threads, lent_threads
 from hcache_rag.paths import MAX_BYTES, Paths, Shelf
 from hcache_rag.planner import Planner
+from hcache_rag.prefetch import Prefetcher
 from hcache_rag.prefixes import Prefixes
 from hcache_rag.profile import HardwareProfile
 from hcache_rag.prompt import Tokenization, Tokenizer
@@ -55,6 +57,7 @@ from hcache_rag.schedule import Rows
 from hcache_rag.sequences import BATCH_TOKENS, PendingState
 from hcache_rag.state import StateRecord, TokenIds, root_key
 from hcache_rag.store import StateStore
+from hcache_rag.store.models import UNKNOWN, StoredModel
 from hcache_rag.streaming import GenerationStream
 from hcache_rag.texts import TextSet
 
@@ -115,6 +118,8 @@ class HCacheEngine:
         keep_recurring: read a row of documents that was asked for three times as a whole, in the
             background, and keep it: from then on it is exact, and answers may be other ones, those
             of full prefill.
+        store_missed: read announced documents that had no state in a prompt afterwards, in the
+            background, whenever no prompt is being answered, and keep their states.
         tokenization: "segmented" or "strict", see `hcache_rag.prompt.Tokenizer`.
         reference_mode: restore in transformers' own order of operations, slower.
         name: what a person calls the model.
@@ -140,6 +145,7 @@ class HCacheEngine:
         context_at_index: Literal["none", "documents"] = "none",
         paths_max_bytes: int = MAX_BYTES,
         keep_recurring: bool = True,
+        store_missed: bool = True,
         tokenization: Tokenization = "segmented",
         reference_mode: bool = False,
         name: str | None = None,
@@ -180,6 +186,12 @@ class HCacheEngine:
         self.planner = Planner(self.adapter.spec, profile)
         self._buffers = BufferPool(self.adapter)
         self._announced = TextSet()
+        self._stores_missed = store_missed and not self.store.read_only
+        self._missed = MissedReader(self._read_missed, lambda: self.adapter.layers)
+        self._prefetcher = Prefetcher(self.store, self._state_for)
+        self.served = Served()
+        """What was answered since the engine was made."""
+        self._serving = threading.Lock()
         self._warned: set[str] = set()
         self._rebinding = threading.Lock()
         try:
@@ -193,12 +205,12 @@ class HCacheEngine:
     def _bind(self) -> None:
         """Find, and store, the states of the model as it is now."""
         self.root = root_key(self.adapter.fingerprint, tokenizer_fingerprint(self.tokenizer))
-        if self._is_auto:
-            known = self.store.models().get(self.root)
-            self._set_fidelity(recommended(known.fidelity if known is not None else None))
         self._prefixes = Prefixes(self.adapter, self.store, self.root)
         preamble_ids = self._tokens.preamble(self.preamble, add_bos=self.add_bos)
         self._parent = self._prefixes.add(self.root, preamble_ids)
+        if self._is_auto:
+            known = self.store.models().get(self.root, UNKNOWN)
+            self._set_fidelity(recommended(known.fidelity_with(self.measured_with(known))))
         self._catalogue = Catalogue(
             self.store, self._tokens, self.root, self._parent, self._announced
         )
@@ -248,6 +260,15 @@ class HCacheEngine:
         self._follow_model()
         return self._indexer_into(store, self._prefixes, batch_tokens)
 
+    def measured_with(self, model: StoredModel) -> str:
+        """What a fidelity that is measured now holds for: other states may need another one.
+
+        Args:
+            model: what the store that they are in knows of this model.
+        """
+        layout = model.layout or str(self.choice.layout)
+        return f"{layout}; context: {self.context_at_index}; after: {self._parent.hex()}"
+
     def _set_fidelity(self, fidelity: str | float) -> None:
         self.repair_share = repair_share(fidelity)
         self.fidelity = fidelity
@@ -279,8 +300,14 @@ class HCacheEngine:
         Raises:
             StoreFullError: no room; what was stored before stays.
         """
+        with self._missed.paused():
+            self._follow_model()
+            return self._indexer.precompute(texts, self._stored, on_progress)
+
+    @lent_threads()
+    def _read_missed(self, text: str) -> None:
         self._follow_model()
-        return self._indexer.precompute(texts, self._stored, on_progress)
+        self._indexer.precompute([text], self._stored)
 
     def _stored(self, record: StateRecord) -> None:
         """A state is in the store."""
@@ -295,6 +322,19 @@ class HCacheEngine:
         known = list(texts)
         self._announced.add(known)
         self.store.prefetch(known)
+
+    def prefetch(self, texts: Iterable[str]) -> None:
+        """Begin to read the states of these documents into memory: a prompt will hold them."""
+        self._prefetcher.start(texts)
+
+    def _state_for(self, text: str) -> StateRecord | None:
+        """The state that a document is most likely restored from."""
+        records = self._catalogue.states(text.strip())
+        return next((r for r in records if self._why_not(r) is None), None)
+
+    def states_of(self, text: str) -> list[StateRecord]:
+        """The states of a text that `precompute` keeps, as the engine is set now."""
+        return self._indexer.states_of(text)
 
     def count_tokens(self, prompt: str) -> int:
         """Tokens of a prompt as it would be read."""
@@ -351,18 +391,21 @@ class HCacheEngine:
         resolved = self._resolve(prompt, add_bos)
         keeper = self._keeper if remember and self.paths.is_on else None
         seconds = {"match": time.perf_counter() - started}
-        warnings: list[str] = []
-        request = _Request(
-            resolved, options, on_text, cancelled, started, seconds, warnings, keeper
-        )
+        request = _Request(resolved, options, on_text, cancelled, started, seconds, [], keeper)
+        with self._missed.paused():
+            return self._answer(request)
+
+    def _answer(self, request: _Request) -> Generation:
+        """Answer a request; a state that cannot be used is dropped, and all is begun anew."""
+        resolved = request.resolved
         while True:
             composing = time.perf_counter()
             composition = self._compose(resolved.pieces)
-            seconds["compose"] = time.perf_counter() - composing
+            request.seconds["compose"] = time.perf_counter() - composing
             try:
                 return self._run(composition, request)
             except StateError as error:
-                resolved.pieces = self._without(resolved.pieces, error, warnings)
+                resolved.pieces = self._without(resolved.pieces, error, request.warnings)
 
     def stream(
         self,
@@ -405,6 +448,7 @@ class HCacheEngine:
             span_sizes(composition, self._prefixes), len(composition.fresh_positions)
         )
         with (
+            self._missed.paused(),
             self._buffers.borrow(len(composition.token_ids) + room_tokens) as buffers,
             open_restoring(
                 self.adapter,
@@ -420,11 +464,18 @@ class HCacheEngine:
             yield composition, cache
 
     def flush(self) -> None:
-        """Wait until everything that is to be remembered is stored."""
+        """Wait until everything that is to be remembered, or was missed, is stored."""
         self._keeper.flush()
+        self._missed.flush()
+        self._prefetcher.flush()
 
     def close(self) -> None:
-        """Write what is to be remembered; close the store, if the engine opened it."""
+        """Write what is to be remembered; close the store, if the engine opened it.
+
+        Documents that were missed and are not read yet are forgotten.
+        """
+        self._prefetcher.close()
+        self._missed.close()
         self._keeper.close()
         self._close_store()
 
@@ -591,7 +642,10 @@ class HCacheEngine:
             repaired=repaired,
             fidelity=self.fidelity,
             plan=plan,
+            queued=self._read_later(pieces),
         )
+        with self._serving:
+            self.served = self.served.plus(provenance)
         self._count_use(pieces)
         is_relocated = composition.num_restored > composition.num_exact
         if self.paths.is_on and (is_relocated or self.fidelity == "exact"):
@@ -606,6 +660,12 @@ class HCacheEngine:
         if not any(rows.values()):
             return ()
         return tuple(() if window is None else rows[window] for window in windows)
+
+    def _read_later(self, pieces: Sequence[ResolvedPiece]) -> int:
+        """Have missed documents read afterwards; how many will be."""
+        if not self._stores_missed:
+            return 0
+        return self._missed.add(p.document for p in pieces if p.document and p.record is None)
 
     def _count_use(self, pieces: Sequence[ResolvedPiece]) -> None:
         documents = [piece for piece in pieces if piece.document is not None]

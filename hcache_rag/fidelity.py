@@ -18,6 +18,7 @@ from hcache_rag.openmp import lent_threads
 from hcache_rag.quality import bootstrap_interval
 from hcache_rag.repair import FIDELITY_SHARES, repair_share
 from hcache_rag.store import StateStore
+from hcache_rag.store.models import UNKNOWN
 from hcache_rag.trial import read_as_a_whole, trying
 
 POSITIONS = (*FIDELITY_SHARES, "exact")
@@ -201,11 +202,14 @@ def in_words(estimate: Estimate) -> str:
     return f"{estimate.mean:.2g} (95 %: {estimate.low:.2g} to {estimate.high:.2g})"
 
 
-def keep_recommendation(report: FidelityReport, store: StateStore, root: bytes) -> None:
+def keep_recommendation(report: FidelityReport, store: StateStore, engine: HCacheEngine) -> None:
     """Let engines with fidelity="auto" on this store follow a report.
 
+    Those follow it whose states are made as in this store now, and as the engine makes them; not
+    those of an index that is made with other options later.
+
     Args:
-        root: of the model, see `HCacheEngine.root`.
+        engine: which was measured.
 
     Raises:
         HCacheError: "exact" is recommended, which is not taken from a store.
@@ -217,7 +221,8 @@ def keep_recommendation(report: FidelityReport, store: StateStore, root: bytes) 
             "that are kept in full; index with --storage-dtype float32 (or bfloat16, as the model) "
             "and ask with --fidelity exact, or allow more with --tolerance"
         )
-    store.set_fidelity(root, report.recommendation)
+    known = store.models().get(engine.root, UNKNOWN)
+    store.set_fidelity(engine.root, report.recommendation, engine.measured_with(known))
 
 
 @dataclass(frozen=True, slots=True)

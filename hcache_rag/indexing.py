@@ -303,6 +303,17 @@ class Indexer:
                 wanted.setdefault(state.key, state)
         return list(wanted.values()), skipped
 
+    def states_of(self, text: str) -> list[StateRecord]:
+        """The states of a text that `precompute` would not read anew: made with these options.
+
+        Where there is none such, those that this model has at all.
+        """
+        known = [r for r in self._store.find(text.strip()) if r.root == self._root]
+        parent = self._preamble.key
+        kept = [r for r in known if self._is_kept(r.layout)]
+        kept = [r for r in kept if (r.parent != parent) == self._is_chained] or kept
+        return kept or known
+
     def _has_text(self, state: PendingState) -> bool:
         """Whether a text has a state that was read behind others, whichever these were."""
         return any(

@@ -21,6 +21,8 @@ class Provenance:
         missed_tokens: those of the fresh ones that belong to known documents without a usable
             state.
         documents_restored, documents_missed: the same, in documents.
+        documents_queued: of those missed, so many are read and stored afterwards, when nobody waits
+            for an answer.
         bytes_read: from the store, headers included.
         seconds: by stage: "match", "compose", "first_token" (from the call to the first token),
             and of these "reading" (on the reading lane), "waiting", "recomputing", "restoring",
@@ -39,6 +41,7 @@ class Provenance:
     missed_tokens: int = 0
     documents_restored: int = 0
     documents_missed: int = 0
+    documents_queued: int = 0
     bytes_read: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     fidelity: str | float = ""

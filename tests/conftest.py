@@ -8,19 +8,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from commands import Outcome, Run
-from fakes import WordEmbedding
-from tiny import byte_tokenizer
+from fakes import PRINTABLE, WordEmbedding
+from tiny import SHAPES, byte_tokenizer, tiny_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hcache_rag import StateStore
 from hcache_rag.errors import ModelNotFoundError
+
+if TYPE_CHECKING:
+    from hcache_rag.llama_index import HCacheLLM
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
@@ -89,6 +93,29 @@ def pytest_make_parametrize_id(config: Any, val: Any) -> str | None:
     """Readable ids for dataclasses that name themselves."""
     label = getattr(val, "label", None)
     return label if isinstance(label, str) else None
+
+
+@cache
+def _tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return tiny_model(SHAPES[1]), byte_tokenizer()
+
+
+@pytest.fixture
+def new_llm() -> Iterator[Callable[..., HCacheLLM]]:
+    """Makes LLMs over one tiny model, and closes them all at the end."""
+    from hcache_rag.llama_index import HCacheLLM
+
+    model, tokenizer = _tiny()
+    made: list[HCacheLLM] = []
+
+    def make(**options: Any) -> HCacheLLM:
+        options = {"max_new_tokens": 12, "generate_kwargs": PRINTABLE, **options}
+        made.append(HCacheLLM(model=model, tokenizer=tokenizer, **options))
+        return made[-1]
+
+    yield make
+    for llm in made:
+        llm.close()
 
 
 @pytest.fixture

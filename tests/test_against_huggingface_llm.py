@@ -51,9 +51,7 @@ class Maker:
 
 def _theirs(model: PreTrainedModel, tokenizer: Any, options: dict[str, Any]) -> LLM:
     sampling = {"do_sample": False, **PRINTABLE}
-    its: LLM = HuggingFaceLLM(
-        model=model, tokenizer=tokenizer, generate_kwargs=sampling, **options
-    )
+    its: LLM = HuggingFaceLLM(model=model, tokenizer=tokenizer, generate_kwargs=sampling, **options)
     return its
 
 

@@ -23,7 +23,7 @@ from fakes import save_gpt2, save_tiny_model
 from tiny import Shape, byte_tokenizer, tiny_model
 
 from hcache_rag import StateStore, __version__
-from hcache_rag.llama_index.vectors import VectorIndex
+from hcache_rag.llama_index.persisted import load_index
 
 COMMANDS = {
     "index": [
@@ -161,7 +161,7 @@ def test_an_index_is_made_once(run: Run, model: str, folder: Path, tmp_path: Pat
     assert first.code == 0
     assert "3 document(s) read, 0 were there already, 0 file(s) skipped" in first.out
     assert 'hcache-rag ask "..." --store' in first.out
-    assert sorted(n.get_content() for n in VectorIndex.load(store).nodes) == sorted(TEXTS.values())
+    assert sorted(n.get_content() for n in load_index(store).nodes) == sorted(TEXTS.values())
     second = run("index", folder, "--store", store, "--model", model)
     assert second.code == 0
     assert "0 document(s) read, 3 were there already, 0 file(s) skipped" in second.out
@@ -452,7 +452,7 @@ def test_an_index_that_was_not_finished_can_be_asked_nothing(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hcache_rag.llama_index.vectors.VectorIndex.save", interrupted)
+    monkeypatch.setattr("hcache_rag.llama_index.persisted.IndexFolder.save", interrupted)
     store = tmp_path / "store"
     outcome = run("index", folder, "--store", store, "--model", model)
     assert outcome.code == 130

@@ -415,13 +415,14 @@ def test_a_recommendation_is_followed_by_the_next_engine(tmp_path: Path) -> None
     with engine_on(tmp_path, fidelity="auto") as engine:
         assert (engine.fidelity, engine.repair_share) == ("balanced", 0.15)
         report = measure_fidelity(engine, CASES, tolerance_nats=1e9, max_new_tokens=1)
-        keep_recommendation(report, engine.store, engine.root)
+        keep_recommendation(report, engine.store, engine)
         root = engine.root
     for fidelity, share in (("none", 0.0), ("high", 0.3), (0.5, 0.5), (0.0, 0.0)):
         with StateStore.open(tmp_path) as store:
             if fidelity != "none":
                 store.set_fidelity(root, fidelity)
-            store.name_model(root, f"again {fidelity}", "layout", "reason")
+            layout = store.models()[root].layout  # with another one, it was measured for nothing
+            store.name_model(root, f"again {fidelity}", layout, "reason")
             assert store.stats().fidelities == {f"again {fidelity}": fidelity}
         with engine_on(tmp_path, fidelity="auto") as engine:
             assert (engine.fidelity, engine.repair_share) == (fidelity, share)
@@ -454,8 +455,32 @@ def test_exact_is_not_written(engine: HCacheEngine, store: StateStore) -> None:
     store.set_fidelity(engine.root, "high")
     report = measure_fidelity(engine, CASES, tolerance_nats=1e-9, max_new_tokens=1)
     with pytest.raises(HCacheError, match="--storage-dtype float32"):
-        keep_recommendation(report, store, engine.root)
+        keep_recommendation(report, store, engine)
     assert store.models()[engine.root].fidelity == "high"
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"context_at_index": "documents"},
+        {"preamble": "Another head.\n\n"},
+        {"representation": "kv", "storage_dtype": "int8"},
+    ],
+)
+def test_what_was_measured_with_other_states_is_not_followed(
+    tmp_path: Path, others: dict[str, Any]
+) -> None:
+    """Nor is it forgotten: with the old options it holds again."""
+    with engine_on(tmp_path, fidelity="auto") as engine:
+        report = measure_fidelity(engine, CASES, tolerance_nats=1e9, max_new_tokens=1)
+        keep_recommendation(report, engine.store, engine)
+    with engine_on(tmp_path, fidelity="auto") as again:
+        assert again.fidelity == "none"
+    engine_on(tmp_path, **others).close()  # indexes anew
+    with engine_on(tmp_path, fidelity="auto", **others) as other:
+        assert other.fidelity == "balanced"
+    engine_on(tmp_path, storage_dtype="float32").close()
+    assert StateStore.open(tmp_path).models()[other.root].fidelity == "none"
 
 
 @pytest.mark.parametrize("wrong", [1.5, -0.1, math.nan, True, ["high"]])

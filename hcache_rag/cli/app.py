@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -51,7 +50,6 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; every foreseeable failure is one line and exit code 1."""
-    logging.getLogger("hcache_rag").addHandler(logging.NullHandler())  # warnings are printed here
     app()
 
 
@@ -202,7 +200,7 @@ def ask(
 ) -> None:
     """Answer QUESTION from an index."""
     dial = dial_position(fidelity)
-    from hcache_rag.llama_index.vectors import read_manifest
+    from hcache_rag.llama_index.persisted import read_manifest
 
     persist_dir = store.expanduser()
     read_manifest(persist_dir)

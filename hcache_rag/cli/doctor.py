@@ -80,11 +80,11 @@ def _room(store: Path | None) -> list[Check]:
 
 def _store(store: Path) -> str:
     from hcache_rag.llama_index.folder import open_states
+    from hcache_rag.llama_index.persisted import load_index
     from hcache_rag.llama_index.retriever import STATES
-    from hcache_rag.llama_index.vectors import VectorIndex
     from hcache_rag.profile import PROFILE_NAME, HardwareProfile
 
-    nodes = len(VectorIndex.load(store).nodes)
+    nodes = len(load_index(store).nodes)
     profile = store / STATES / PROFILE_NAME
     if profile.is_file():
         HardwareProfile.load(profile)

@@ -17,9 +17,9 @@ from hcache_rag.errors import SourceError
 from hcache_rag.fidelity import Case, FidelityReport, keep_recommendation, measure_fidelity
 from hcache_rag.llama_index.folder import ModelChoice, has_index, open_states
 from hcache_rag.llama_index.llm import HCacheLLM
+from hcache_rag.llama_index.persisted import load_index
 from hcache_rag.llama_index.retriever import HCacheRetriever
 from hcache_rag.llama_index.text import llm_texts
-from hcache_rag.llama_index.vectors import VectorIndex
 from hcache_rag.questions import Record
 from hcache_rag.repair import FIDELITY_SHARES
 
@@ -128,7 +128,7 @@ def cases_of_index(
     Raises:
         SourceError: there is no index, or fewer than two documents in it.
     """
-    texts = list(dict.fromkeys(llm_texts(VectorIndex.load(persist_dir).nodes)))
+    texts = list(dict.fromkeys(llm_texts(load_index(persist_dir).nodes)))
     if len(texts) < 2:
         raise SourceError(
             f"the index in {persist_dir} holds {len(texts)} document(s); what fidelity changes "
@@ -167,7 +167,7 @@ def write_recommendation(persist_dir: Path, llm: HCacheLLM, report: FidelityRepo
         HCacheError: see `keep_recommendation`; StoreOpenError: they cannot be written.
     """
     with open_states(persist_dir, read_only=False) as states:
-        keep_recommendation(report, states, llm.engine.root)
+        keep_recommendation(report, states, llm.engine)
 
 
 def first_sentence(text: str) -> str:

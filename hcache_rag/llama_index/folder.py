@@ -18,7 +18,7 @@ from typing import Any
 
 from llama_index.core.base.response.schema import StreamingResponse
 from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.schema import Document
+from llama_index.core.schema import BaseNode, Document
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
 from llama_index_instrumentation.event_handlers import BaseEventHandler
@@ -28,13 +28,14 @@ from hcache_rag.errors import SourceError, StoreError
 from hcache_rag.indexing import PrecomputeReport
 from hcache_rag.llama_index.events import StateRestoreEvent
 from hcache_rag.llama_index.llm import HCacheLLM
+from hcache_rag.llama_index.persisted import load_index, read_manifest
 from hcache_rag.llama_index.retriever import STATES, HCacheRetriever
-from hcache_rag.llama_index.text import llm_text
-from hcache_rag.llama_index.vectors import VectorIndex, read_manifest
+from hcache_rag.llama_index.text import llm_text, source_of
 from hcache_rag.measure import find_profile, measure
 from hcache_rag.models import ModelAdapter
 from hcache_rag.profile import PROFILE_NAME, HardwareProfile
 from hcache_rag.sources import FolderContents
+from hcache_rag.state import StateKey
 from hcache_rag.store import Salvaged, StateStore
 from hcache_rag.store.manifest import manifest_at
 
@@ -313,7 +314,7 @@ def read_again(persist_dir: Path, texts: Sequence[str] | None = None) -> int:
         How many texts were read.
     """
     if texts is None:
-        texts = [llm_text(node) for node in VectorIndex.load(persist_dir).nodes]
+        texts = [llm_text(node) for node in load_index(persist_dir).nodes]
     llm = ModelChoice.of(persist_dir).load(persist_dir)
     try:
         return llm.engine.precompute(texts).stored
@@ -339,14 +340,17 @@ class Collected:
 
 
 def collect_garbage(persist_dir: Path, *, compact: bool = False) -> Collected:
-    """Delete the states of texts that are not in an index.
+    """Delete the states that an index does not need.
+
+    Those are the states of texts that are not in it, and of the others those that do not belong to
+    the documents that have the text: they were made with other options.
 
     Args:
         compact: give the disk back what is free then.
     """
-    nodes = VectorIndex.load(persist_dir).nodes
+    nodes = load_index(persist_dir).nodes
     with open_states(persist_dir, read_only=False) as states:
-        keep = {record.key for node in nodes for record in states.find(llm_text(node))}
+        keep = _needed(states, nodes)
         used, on_disk = states.used_bytes(), states.file_bytes()
         deleted = states.gc(keep)
         freed = used - states.used_bytes()
@@ -356,3 +360,13 @@ def collect_garbage(persist_dir: Path, *, compact: bool = False) -> Collected:
             return Collected(deleted, freed, on_disk - states.compact())
         except StoreError as error:
             return Collected(deleted, freed, refused=str(error))
+
+
+def _needed(states: StateStore, nodes: Sequence[BaseNode]) -> set[StateKey]:
+    """The states of nodes that belong to their documents; all of a text that has none such."""
+    needed = set[StateKey]()
+    owned = {source: set(states.keys_of(source)) for source in set(map(source_of, nodes))}
+    for node in nodes:
+        keys = {record.key for record in states.find(llm_text(node))}
+        needed |= keys & owned[source_of(node)] or keys
+    return needed

@@ -35,7 +35,7 @@ from hcache_rag.layout import StateLayout
 from hcache_rag.llama_index.awaiting import AsyncGenerationStream
 from hcache_rag.llama_index.calls import chat_template_of, options_of, temperature_of
 from hcache_rag.llama_index.closing import closing, opened
-from hcache_rag.llama_index.events import report_restore
+from hcache_rag.llama_index.events import report_restore, restore
 from hcache_rag.llama_index.resident import Keeping, Reading, Resident, load
 from hcache_rag.llama_index.responses import (
     achats,
@@ -75,7 +75,8 @@ class _Call:
         cancelled: threading.Event | None = None,
     ) -> Generation:
         """Answer it."""
-        return self.engine.generate(
+        return restore(
+            self.engine,
             self.prompt,
             options=self.options,
             add_bos=self.add_bos,
@@ -116,6 +117,8 @@ class HCacheLLM(CustomLLM):
         chat_memory: which conversations are kept, so that their next turn restores them exactly:
             "auto", those that hold an answer already; "always", from the first turn on; "never".
         keep_recurring: keep rows of documents that recur as exact paths, see `HCacheEngine`.
+        store_missed: read documents that had no state afterwards, when nobody waits, see
+            `HCacheEngine`.
 
     A copy (`model_copy`, `copy`, `deepcopy`) shares the model and the store, and with equal reading
     the engine; changed fields count from the next call on. `close` closes them for all copies.
@@ -160,6 +163,7 @@ class HCacheLLM(CustomLLM):
     max_concurrency: int = Field(default=1, description="Calls that compute at once.")
     chat_memory: str = Field(default="auto", description="Which conversations are kept.")
     keep_recurring: bool = Field(default=True, description="Rows of documents become exact.")
+    store_missed: bool = Field(default=True, description="Missed documents are read afterwards.")
 
     _resident: Resident = PrivateAttr()
     _template: BasePromptTemplate | None = PrivateAttr()
@@ -187,6 +191,7 @@ class HCacheLLM(CustomLLM):
         max_concurrency: int = 1,
         chat_memory: ChatMemory = "auto",
         keep_recurring: bool = True,
+        store_missed: bool = True,
         reference_mode: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -224,6 +229,7 @@ class HCacheLLM(CustomLLM):
             max_concurrency=max_concurrency,
             chat_memory=chat_memory,
             keep_recurring=keep_recurring,
+            store_missed=store_missed,
             **kwargs,
         )
         self._template = text_qa_template
@@ -433,6 +439,7 @@ class HCacheLLM(CustomLLM):
             self.context_at_index,  # type: ignore[arg-type]
             self.tokenization,  # type: ignore[arg-type]
             self.keep_recurring,
+            self.store_missed,
             add_bos=self._chat_adds_bos if self.is_chat_model else True,
         )
 

@@ -78,6 +78,7 @@ class Reading:
     context_at_index: Literal["none", "documents"]
     tokenization: Tokenization
     keep_recurring: bool
+    store_missed: bool
     add_bos: bool
 
 
@@ -194,6 +195,7 @@ class Resident:
             profile=self.keeping.profile,
             fidelity=reading.fidelity,
             keep_recurring=reading.keep_recurring,
+            store_missed=reading.store_missed,
             context_at_index=reading.context_at_index,
             tokenization=reading.tokenization,
             reference_mode=self.keeping.reference_mode,

@@ -1,48 +1,53 @@
-"""Nodes and their embeddings in one persisted folder: a flat FAISS index and a line per node."""
+"""Nodes and their embeddings in memory: added, deleted, and found by similarity and metadata."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import uuid
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+import threading
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
-import faiss
 import numpy as np
-import numpy.typing as npt
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.embeddings.base import BaseEmbedding
-from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
-from llama_index.core.storage.docstore.utils import doc_to_json, json_to_doc
+from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
+from llama_index.core.vector_stores.types import MetadataFilters
 
-from hcache_rag.errors import SourceError
+from hcache_rag.llama_index.filters import passing
+from hcache_rag.llama_index.nearest import IndexKind, Nearest, Vectors, normalised
+from hcache_rag.llama_index.text import source_of
 
-MANIFEST = "hcache-rag.json"
-_FORMAT = 1
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Change:
+    """What becomes of an index at once.
+
+    Args:
+        sources: ids of documents whose nodes go.
+        nodes: nodes that come, also instead of those with the same ids.
+        vectors: their normalised embeddings, (N, D).
+    """
+
+    sources: Collection[str]
+    nodes: Sequence[BaseNode]
+    vectors: Vectors
 
 
 class VectorIndex:
-    """Nodes in the order of their rows in a flat inner-product index of normalised embeddings.
+    """Nodes and normalised embeddings, in the order in which they came. Thread-safe.
 
     Args:
-        index: a FAISS `IndexFlatIP` with one row per node.
-        embedding_name: which model made the embeddings.
+        embedding_name: which model makes the embeddings.
+        kind: see `hcache_rag.llama_index.nearest.Nearest`.
     """
 
-    def __init__(
-        self,
-        nodes: Sequence[BaseNode],
-        index: Any,
-        embedding_name: str,
-    ) -> None:
-        if len(nodes) != index.ntotal:
-            raise ValueError(f"{len(nodes)} nodes, but {index.ntotal} embeddings")
-        self.nodes = list(nodes)
+    def __init__(self, embedding_name: str, kind: IndexKind = "auto") -> None:
         self.embedding_name = embedding_name
-        self._faiss = index
+        self._nearest = Nearest(kind)
+        self._nodes: dict[int, BaseNode] = {}
+        self._numbers: dict[str, int] = {}
+        self._sources: dict[str, set[int]] = {}
+        self._next = 0
+        self._lock = threading.Lock()
 
     @classmethod
     def build(
@@ -51,130 +56,167 @@ class VectorIndex:
         embed_model: BaseEmbedding,
         known: VectorIndex | None = None,
         *,
+        kind: IndexKind = "auto",
         show_progress: bool = False,
     ) -> VectorIndex:
-        """Embed nodes, except texts that `known` has embedded with the same model."""
-        name = str(embed_model.model_name)
-        texts = [embedding_text(node) for node in nodes]
-        cached: dict[str, npt.NDArray[np.float32]] = {}
-        if known is not None and known.embedding_name == name:
-            cached = dict(zip(map(embedding_text, known.nodes), known.embeddings(), strict=True))
-        missing = list(dict.fromkeys(text for text in texts if text not in cached))
-        fresh = embed_model.get_text_embedding_batch(missing, show_progress=show_progress)
-        cached.update(zip(missing, map(_normalised, fresh), strict=True))
-        rows = [cached[text] for text in texts]
-        index = faiss.IndexFlatIP(len(rows[0]) if rows else 1)
-        if rows:
-            index.add(np.stack(rows))
-        return cls(nodes, index, name)
-
-    def embeddings(self) -> npt.NDArray[np.float32]:
-        """All rows, (nodes, dimensions), normalised."""
-        rows: npt.NDArray[np.float32] = self._faiss.reconstruct_n(0, len(self.nodes))
-        return rows
-
-    def search(self, embedding: Sequence[float], top_k: int) -> list[NodeWithScore]:
-        """The `top_k` nearest nodes, best first, scored by cosine clipped to [0, 1]."""
-        count = min(top_k, len(self.nodes))
-        if count < 1:
-            return []
-        scores, rows = self._faiss.search(_normalised(embedding)[None], count)
-        return [
-            NodeWithScore(node=self.nodes[row], score=float(np.clip(score, 0.0, 1.0)))
-            for score, row in zip(scores[0], rows[0], strict=True)
-        ]
-
-    def save(self, folder: Path) -> None:
-        """Persist into `folder`; a reader sees either the old index or this one."""
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        generation = folder / f"vectors-{uuid.uuid4().hex[:12]}"
-        generation.mkdir(mode=0o700)
-        with (generation / "nodes.jsonl").open("w", encoding="utf-8") as lines:
-            for node in self.nodes:
-                lines.write(json.dumps(doc_to_json(node)) + "\n")
-        faiss.write_index(self._faiss, str(generation / "vectors.faiss"))
-        manifest = {
-            "format": _FORMAT,
-            "vectors": generation.name,
-            "embedding": self.embedding_name,
-            "nodes": len(self.nodes),
-        }
-        unfinished = generation / MANIFEST
-        unfinished.write_text(json.dumps(manifest, indent=1) + "\n")
-        os.replace(unfinished, folder / MANIFEST)
-        for old in folder.glob("vectors-*"):
-            if old != generation:
-                shutil.rmtree(old, ignore_errors=True)
+        """An index of some nodes; texts that `known` has embedded are not embedded again."""
+        index = cls(str(embed_model.model_name), kind)
+        known = known if known is not None else index
+        vectors = known.embedded(nodes, embed_model, show_progress=show_progress)
+        index.apply(Change((), nodes, vectors))
+        return index
 
     @classmethod
-    def load(cls, folder: Path) -> VectorIndex:
-        """Read what `save` wrote.
+    def of(
+        cls, embedding_name: str, nodes: Iterable[tuple[int, BaseNode]], nearest: Nearest
+    ) -> VectorIndex:
+        """An index of numbered nodes whose vectors are there already."""
+        index = cls(embedding_name, nearest.kind)
+        for number, node in nodes:
+            index._put(number, node)
+        index._nearest = nearest
+        index._next = 1 + max(index._nodes, default=-1)
+        return index
 
-        Raises:
-            SourceError: there is no index in `folder`, or one that this release cannot read.
+    @property
+    def nodes(self) -> list[BaseNode]:
+        """All nodes."""
+        return list(self._nodes.values())
+
+    @property
+    def numbered(self) -> list[tuple[int, BaseNode]]:
+        """All nodes with the numbers of their vectors."""
+        return list(self._nodes.items())
+
+    @property
+    def nearest(self) -> Nearest:
+        """The vectors."""
+        return self._nearest
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def nodes_of(self, sources: Iterable[str]) -> list[BaseNode]:
+        """The nodes that some documents were cut into."""
+        return [self._nodes[number] for number in self._numbers_of(sources)]
+
+    def _numbers_of(self, sources: Iterable[str]) -> list[int]:
+        return sorted({n for source in sources for n in self._sources.get(source, ())})
+
+    def embeddings(self) -> Vectors:
+        """The embeddings of all nodes, (N, D)."""
+        with self._lock:
+            return self._nearest.vectors(list(self._nodes))
+
+    def embedded(
+        self,
+        nodes: Sequence[BaseNode],
+        embed_model: BaseEmbedding,
+        sources: Iterable[str] | None = None,
+        *,
+        show_progress: bool = False,
+    ) -> Vectors:
+        """Embeddings of nodes, (N, D); texts that the same model has embedded are not again.
+
+        Args:
+            sources: only the nodes of these documents are looked through for the texts.
         """
-        manifest = read_manifest(folder)
-        vectors = folder / str(manifest.get("vectors"))
-        try:
-            with (vectors / "nodes.jsonl").open(encoding="utf-8") as lines:
-                nodes = [json_to_doc(json.loads(line)) for line in lines]
-            index = faiss.read_index(str(vectors / "vectors.faiss"))
-            return cls(nodes, index, str(manifest.get("embedding")))
-        except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            raise SourceError(f"the index in {folder} cannot be read: {reason}") from error
+        texts = [embedding_text(node) for node in nodes]
+        cached: dict[str, Vectors] = {}
+        with self._lock:
+            numbers = list(self._nodes) if sources is None else self._numbers_of(sources)
+            if numbers and self.embedding_name == str(embed_model.model_name):
+                known = [embedding_text(self._nodes[number]) for number in numbers]
+                cached = dict(zip(known, self._nearest.vectors(numbers), strict=True))
+        missing = list(dict.fromkeys(text for text in texts if text not in cached))
+        fresh = embed_model.get_text_embedding_batch(missing, show_progress=show_progress)
+        cached.update(zip(missing, map(normalised, fresh), strict=True))
+        return np.stack([cached[text] for text in texts]) if texts else np.zeros((0, 0), np.float32)
+
+    def apply(self, change: Change) -> None:
+        """Change it."""
+        place_of = {node.node_id: place for place, node in enumerate(change.nodes)}
+        places = sorted(place_of.values())
+        with self._lock:
+            same = [self._numbers[node_id] for node_id in self._numbers.keys() & place_of.keys()]
+            gone = {*self._numbers_of(change.sources), *same}
+            self._nearest.remove(gone)
+            for number in gone:
+                self._take(number)
+            numbers = range(self._next, self._next + len(places))
+            self._nearest.add(numbers, change.vectors[places])
+            self._next += len(places)
+            for number, place in zip(numbers, places, strict=True):
+                self._put(number, change.nodes[place])
+
+    def _put(self, number: int, node: BaseNode) -> None:
+        self._nodes[number], self._numbers[node.node_id] = node, number
+        self._sources.setdefault(source_of(node), set()).add(number)
+
+    def _take(self, number: int) -> None:
+        node = self._nodes.pop(number)
+        del self._numbers[node.node_id]
+        of_source = self._sources[source_of(node)]
+        of_source.discard(number)
+        if not of_source:
+            del self._sources[source_of(node)]
+
+    def search(
+        self, embedding: Sequence[float], top_k: int, filters: MetadataFilters | None = None
+    ) -> list[NodeWithScore]:
+        """The `top_k` nearest nodes, best first, scored by cosine clipped to [0, 1].
+
+        With filters, every node that passes is compared: as many are found as there are.
+
+        Returns:
+            Copies of the nodes, which others may change.
+        """
+        with self._lock:
+            among = None
+            if filters is not None and filters.filters:
+                passes = passing(filters)
+                among = [number for number, node in self._nodes.items() if passes(node)]
+            found = self._nearest.search(normalised(embedding), top_k, among)
+            scored = [(self._nodes[number], score) for number, score in found]
+        return [
+            NodeWithScore(node=node.model_copy(deep=True), score=min(max(score, 0.0), 1.0))
+            for node, score in scored
+        ]
 
 
 class VectorRetriever(BaseRetriever):
-    """Retrieves from a `VectorIndex`."""
+    """Retrieves from a `VectorIndex`.
+
+    Args:
+        filters: which nodes may be found.
+    """
 
     def __init__(
-        self, index: VectorIndex, embed_model: BaseEmbedding, similarity_top_k: int
+        self,
+        index: VectorIndex,
+        embed_model: BaseEmbedding,
+        similarity_top_k: int,
+        filters: MetadataFilters | None = None,
     ) -> None:
         super().__init__()
         self.index = index
         self.embed_model = embed_model
         self.similarity_top_k = similarity_top_k
+        self.filters = filters
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         embedding = query_bundle.embedding or self.embed_model.get_agg_embedding_from_queries(
             query_bundle.embedding_strs
         )
-        return self.index.search(embedding, self.similarity_top_k)
+        return self.index.search(embedding, self.similarity_top_k, self.filters)
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         embedding = query_bundle.embedding or (
             await self.embed_model.aget_agg_embedding_from_queries(query_bundle.embedding_strs)
         )
-        return self.index.search(embedding, self.similarity_top_k)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a persisted folder.
-
-    Raises:
-        SourceError: there is none, or one that this release cannot read.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        raise SourceError(f"{folder} holds no index; make one with `hcache-rag index`") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SourceError(f"the index in {folder} cannot be read: {reason}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise SourceError(f"the index in {folder} is not of format {_FORMAT}")
-    return manifest
+        return self.index.search(embedding, self.similarity_top_k, self.filters)
 
 
 def embedding_text(node: BaseNode) -> str:
     """The text of a node that is embedded."""
-    from llama_index.core.schema import MetadataMode
-
     return node.get_content(metadata_mode=MetadataMode.EMBED)
-
-
-def _normalised(embedding: Sequence[float]) -> npt.NDArray[np.float32]:
-    vector = np.asarray(embedding, dtype=np.float32)
-    norm = float(np.linalg.norm(vector))
-    return vector / norm if norm else vector

@@ -14,13 +14,15 @@ from hcache_rag.store.backend import Transaction
 class StoredModel:
     """A model that has stored states: its name, what they keep, and why that was chosen.
 
-    `fidelity`: the position of the dial, or the share, that `StateStore.set_fidelity` was given.
+    `fidelity`: the position of the dial, or the share, that `StateStore.set_fidelity` was given;
+    `measured_with`: what it was measured with.
     """
 
     name: str
     layout: str = ""
     reason: str = ""
     fidelity: str | float | None = None
+    measured_with: str | None = None
 
     def to_bytes(self) -> bytes:
         """JSON; without a fidelity it is what releases before `set_fidelity` write and read."""
@@ -39,10 +41,17 @@ class StoredModel:
             found.get("layout", ""),
             found.get("reason", ""),
         )
-        fidelity = found.get("fidelity")
+        fidelity, measured_with = found.get("fidelity"), found.get("measured_with")
         if not all(isinstance(text, str) for text in texts) or not is_fidelity(fidelity):
             return UNKNOWN
-        return cls(*texts, fidelity)
+        if not isinstance(measured_with, str | None):
+            return UNKNOWN
+        return cls(*texts, fidelity, measured_with)
+
+    def fidelity_with(self, measured_with: str) -> str | float | None:
+        """The fidelity, where it was measured so, or where that is not known; else None."""
+        is_its = self.measured_with is None or self.measured_with == measured_with
+        return self.fidelity if is_its else None
 
 
 UNKNOWN = StoredModel("an unknown model")

@@ -12,14 +12,24 @@ Wanted = Mapping[bytes, set[StateKey]]
 """By what stands for an owner: the states that are to belong to it."""
 
 
-def is_assigned(txn: Transaction, rows: NamespaceRows, wanted: Wanted, *, add: bool) -> bool:
+def is_assigned(
+    txn: Transaction, rows: NamespaceRows, wanted: Wanted, *, add: bool, within: bytes = b""
+) -> bool:
     """Whether all is as it is wanted; with `add`, owners may have more."""
     known = _known(txn, rows, wanted)
-    return all(known[d] >= keys if add else known[d] == keys for d, keys in wanted.items())
+    if any(_to_put(keys, known[digest], within) for digest, keys in wanted.items()):
+        return False
+    return add or all(known[digest].keys() == keys for digest, keys in wanted.items())
 
 
 def assign(
-    txn: Transaction, rows: NamespaceRows, wanted: Wanted, *, add: bool, delete: bool
+    txn: Transaction,
+    rows: NamespaceRows,
+    wanted: Wanted,
+    *,
+    add: bool,
+    delete: bool,
+    within: bytes = b"",
 ) -> int:
     """Let states that are there belong to owners, see `StateStore.assign_all`.
 
@@ -28,12 +38,14 @@ def assign(
     """
     known = _known(txn, rows, wanted)
     for digest, keys in wanted.items():
-        for key in keys - known[digest]:
+        for key in _to_put(keys, known[digest], within):
             if rows.entry(txn, key) is not None:
-                rows.own(txn, digest, key)
+                rows.own(txn, digest, key, within)
+                if within and within not in rows.owners_of(txn, key):
+                    rows.own(txn, within, key)
     if add:
         return 0
-    gone = {digest: known[digest] - keys for digest, keys in wanted.items()}
+    gone = {digest: known[digest].keys() - keys for digest, keys in wanted.items()}
     return disown(txn, rows, gone, delete=delete)
 
 
@@ -61,5 +73,13 @@ def disown(
 
 def _known(
     txn: Transaction, rows: NamespaceRows, digests: Iterable[bytes]
-) -> dict[bytes, set[StateKey]]:
-    return {digest: set(rows.keys_of(txn, digest)) for digest in digests}
+) -> dict[bytes, dict[StateKey, bytes]]:
+    """By owner: its states, each with the owner that it is a part of there."""
+    return {digest: rows.owned_by(txn, digest) for digest in digests}
+
+
+def _to_put(
+    keys: Iterable[StateKey], known: Mapping[StateKey, bytes], within: bytes
+) -> list[StateKey]:
+    """What is to be written down: what an owner does not have yet, or not as a part of `within`."""
+    return [key for key in keys if key not in known or (within and known[key] != within)]

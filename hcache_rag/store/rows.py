@@ -172,6 +172,11 @@ class NamespaceRows:
             raise DamagedStateError(key, f"layer {layer}, chunk {chunk} cannot be decrypted")
         return memoryview(opened)
 
+    def load(self, txn: Transaction, key: StateKey, layer: int, chunk: int) -> int:
+        """Touch the pages of a chunk's value, see `StoreReader.load`: LMDB's `get` does that."""
+        value = txn.view("chunks", chunk_key(self.prefix, key, layer, chunk))
+        return 0 if value is None else len(value)
+
     def records(self, txn: Transaction) -> Iterator[tuple[StateKey, StateRecord | None]]:
         """All records in order of their keys; None for those that cannot be read."""
         for row_key, data in txn.scan("records", self.prefix):
@@ -236,8 +241,8 @@ class NamespaceRows:
 
     def drop(self, txn: Transaction, key: StateKey) -> bool:
         """Delete a state with all that belongs to it; False where there was none."""
-        for row_key, _ in list(txn.scan("owned", self.prefix + key)):
-            self.disown(txn, row_key[-KEY_BYTES:], key)
+        for owner in self.owners_of(txn, key):
+            self.disown(txn, owner, key)
         return self._remove(txn, key)
 
     def _remove(self, txn: Transaction, key: StateKey) -> bool:
@@ -333,19 +338,34 @@ class NamespaceRows:
         """Replace those of a model."""
         txn.put("totals", self.prefix + root, small_to_bytes(totals))
 
-    def own(self, txn: Transaction, owner: bytes, key: StateKey) -> None:
-        """A state belongs to an owner."""
-        txn.put("owners", self.prefix + owner + key, b"")
-        txn.put("owned", self.prefix + key + owner, b"")
+    def own(self, txn: Transaction, owner: bytes, key: StateKey, within: bytes = b"") -> None:
+        """A state belongs to an owner, perhaps as a part of another one that it belongs to."""
+        txn.put("owners", self.prefix + owner + key, within)
+        txn.put("owned", self.prefix + key + owner, within)
 
     def disown(self, txn: Transaction, owner: bytes, key: StateKey) -> None:
-        """It does not any more."""
+        """It does not any more; nor to that owner's parts, nor to a whole that has no part left."""
+        within = txn.get("owned", self.prefix + key + owner)
         txn.delete("owners", self.prefix + owner + key)
         txn.delete("owned", self.prefix + key + owner)
+        left = self.owners_of(txn, key)
+        for part, its in left.items():
+            if its == owner:
+                self.disown(txn, part, key)
+        if within and within in left and within not in left.values():
+            self.disown(txn, within, key)
+
+    def owners_of(self, txn: Transaction, key: StateKey) -> dict[bytes, bytes]:
+        """Whom a state belongs to, each with the owner that it is a part of, or nothing."""
+        return {row[-KEY_BYTES:]: its for row, its in txn.scan("owned", self.prefix + key)}
+
+    def owned_by(self, txn: Transaction, owner: bytes) -> dict[StateKey, bytes]:
+        """The states that belong to an owner, each with the owner that it is a part of there."""
+        return {row[-KEY_BYTES:]: its for row, its in txn.scan("owners", self.prefix + owner)}
 
     def keys_of(self, txn: Transaction, owner: bytes) -> list[StateKey]:
         """The states that belong to an owner."""
-        return [key[-KEY_BYTES:] for key, _ in txn.scan("owners", self.prefix + owner)]
+        return list(self.owned_by(txn, owner))
 
     def is_owned(self, txn: Transaction, key: StateKey) -> bool:
         """Whether a state belongs to anybody."""

@@ -375,12 +375,16 @@ class StateStore:
         *,
         add: bool = False,
         delete: bool = False,
+        within: str | None = None,
     ) -> int:
         """Say which states belong to some owners: ids of source documents, say.
 
         Args:
             add: they belong to them besides others; by default no others do.
             delete: delete the states that belong to nobody any more.
+            within: the owner that these are parts of, as nodes are of a document. What belongs to a
+                part belongs to it too, until it belongs to no part of it any more; and what does
+                not belong to it any more belongs to none of its parts.
 
         Returns:
             How many were deleted.
@@ -388,11 +392,12 @@ class StateStore:
         self._session.require_writable()
         rows = self._rows
         wanted = {rows.owner(owner): set(keys) for owner, keys in owned.items()}
+        whole = rows.owner(within) if within is not None else b""
         with self._session.reading() as txn:
-            if owners.is_assigned(txn, rows, wanted, add=add):
+            if owners.is_assigned(txn, rows, wanted, add=add, within=whole):
                 return 0
         with self._writing() as txn:
-            return owners.assign(txn, self._rows, wanted, add=add, delete=delete)
+            return owners.assign(txn, self._rows, wanted, add=add, delete=delete, within=whole)
 
     def keys_of(self, owner: str) -> list[StateKey]:
         """The states that belong to `owner`."""
@@ -497,11 +502,15 @@ class StateStore:
             return
         self._change_model(root, name=name, layout=layout, reason=reason)
 
-    def set_fidelity(self, root: StateKey, fidelity: str | float | None) -> None:
+    def set_fidelity(
+        self, root: StateKey, fidelity: str | float | None, measured_with: str | None = None
+    ) -> None:
         """Remember what `HCacheEngine(fidelity="auto")` is to use for the model behind `root`.
 
         Args:
             fidelity: a position of the dial, or a share from 0 to 1; None forgets it.
+            measured_with: with which states, see `HCacheEngine.measured_with`: an engine with
+                others does not follow it. None is for all.
 
         Raises:
             ValueError: neither.
@@ -509,7 +518,7 @@ class StateStore:
         """
         if not is_fidelity(fidelity):
             raise ValueError(f"fidelity is a name or a share from 0 to 1, not {fidelity!r}")
-        self._change_model(root, fidelity=fidelity)
+        self._change_model(root, fidelity=fidelity, measured_with=measured_with)
 
     def _change_model(self, root: StateKey, **fields: str | float | None) -> None:
         with self._writing() as txn:
@@ -656,6 +665,10 @@ class StoreReader:
         if value is None:
             raise MissingStateError(key, f"layer {layer}, chunk {chunk} is not in the store")
         return value
+
+    def load(self, key: StateKey, layer: int, chunk: int) -> int:
+        """Bring a chunk's value into memory as it is stored; its bytes, 0 where there is none."""
+        return self._rows.load(self._txn, key, layer, chunk)
 
 
 def _check_namespace(name: str) -> None:
