@@ -23,7 +23,7 @@ from torch import Tensor
 from hcache_kernels import reference
 from hcache_rag import HCacheEngine
 from hcache_rag.layout import Representation
-from hcache_rag.models import ModelAdapter
+from hcache_rag.models import KEY, VALUE, ModelAdapter
 from hcache_rag.quality import kl
 from hcache_rag.questions import Record
 from hcache_rag.repair import select_tokens
@@ -174,10 +174,8 @@ def stored_outside(
         for layer in set(range(adapter.spec.num_layers)) - set(layers):
             keys, values = (side[:, slots] for side in trial.stale(layer))
             unrotated = reference.rope(keys, cos, -sin)
-            for module, states in (
-                (adapter.key_projections[layer], unrotated),
-                (adapter.value_projections[layer], values),
-            ):
+            for side, states in ((KEY, unrotated), (VALUE, values)):
+                module = adapter.tap(layer, side).module
                 kept = states.transpose(0, 1).flatten(1)
 
                 def exchange(_module: Any, _args: Any, output: Tensor, kept: Tensor = kept) -> Any:

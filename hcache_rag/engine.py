@@ -119,7 +119,8 @@ class HCacheEngine:
             background, and keep it: from then on it is exact, and answers may be other ones, those
             of full prefill.
         store_missed: read announced documents that had no state in a prompt afterwards, in the
-            background, whenever no prompt is being answered, and keep their states.
+            background, whenever no prompt is being answered, and keep their states. The model then
+            computes while its owner may not expect it.
         tokenization: "segmented" or "strict", see `hcache_rag.prompt.Tokenizer`.
         reference_mode: restore in transformers' own order of operations, slower.
         name: what a person calls the model.
@@ -145,7 +146,7 @@ class HCacheEngine:
         context_at_index: Literal["none", "documents"] = "none",
         paths_max_bytes: int = MAX_BYTES,
         keep_recurring: bool = True,
-        store_missed: bool = True,
+        store_missed: bool = False,
         tokenization: Tokenization = "segmented",
         reference_mode: bool = False,
         name: str | None = None,
@@ -307,7 +308,11 @@ class HCacheEngine:
     @lent_threads()
     def _read_missed(self, text: str) -> None:
         self._follow_model()
+        adapter = self.adapter
         self._indexer.precompute([text], self._stored)
+        if adapter.is_changed:  # meanwhile: what it has read may be another model's
+            for record in self._indexer.states_of(text):
+                self.store.delete(record.key)
 
     def _stored(self, record: StateRecord) -> None:
         """A state is in the store."""

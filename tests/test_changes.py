@@ -423,7 +423,7 @@ def indexing(retriever: HCacheRetriever) -> None:
 
 
 RED = (set(TEXTS.values()) - {TEXTS["mars"]}) | {"Mars is red.", "Pluto is far out."}
-AFTER = {
+AFTER: dict[Callable[[HCacheRetriever], None], set[str]] = {
     changing: RED,
     deleting: set(TEXTS.values()) - {TEXTS["mars"]},
     indexing: {TEXTS["venus"], "Pluto is far out."},

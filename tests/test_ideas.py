@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from hcache_rag import HCacheEngine, StateStore
 from hcache_rag.judge import Judge
+from hcache_rag.models import VALUE
 from hcache_rag.trial import read_as_a_whole, trying
 
 TOKENIZER = byte_tokenizer()
@@ -71,7 +72,9 @@ def test_hidden_states_are_those_that_the_stored_k_and_v_come_of(engine: HCacheE
     with trying(engine, PROMPT, room_tokens=8) as trial, torch.no_grad():
         for layer in range(adapter.spec.num_layers):
             hidden = stored_hidden(engine, trial, layer)
-            values = adapter.value_projections[layer](adapter.norms[layer](hidden))
+            norm = adapter.norm(layer)
+            assert norm is not None
+            values = adapter.tap(layer, VALUE).module(norm(hidden))
             expected = trial.stale(layer)[1].transpose(0, 1).flatten(1)
             torch.testing.assert_close(values, expected, **NEAR)
 

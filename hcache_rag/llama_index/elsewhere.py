@@ -41,7 +41,7 @@ class Elsewhere:
         Raises:
             HCacheError: it cannot: its model is in memory only, or its store is, or has a key.
         """
-        engine = llm.engine
+        engine, keeping = llm.engine, llm.keeping
         try:
             _, store = engine.store.__reduce__()
         except TypeError as error:
@@ -51,9 +51,9 @@ class Elsewhere:
             raise HCacheError(f"the model {name} was not loaded from a folder; {_ADVICE}")
         options = {
             "dtype": engine.adapter.spec.dtype,
-            "representation": llm._representation,
-            "storage_dtype": llm._storage_dtype,
-            "profile": llm._profile,
+            "representation": keeping.representation,
+            "storage_dtype": keeping.storage_dtype,
+            "profile": keeping.profile,
             "fidelity": "exact" if engine.fidelity == "exact" else "none",
             "context_at_index": engine.context_at_index,
             "tokenization": llm.tokenization,

@@ -270,6 +270,11 @@ class HCacheLLM(CustomLLM):
         return self._resident.adapter
 
     @property
+    def keeping(self) -> Keeping:
+        """How states are kept."""
+        return self._resident.keeping
+
+    @property
     def has_store(self) -> bool:
         """Whether a store was named, by the caller or by a retriever."""
         return self._resident.store is not None

@@ -19,7 +19,7 @@ IndexKind: TypeAlias = Literal["auto", "flat", "hnsw"]
 
 GRAPH_FROM = 50_000
 """With "auto", so many vectors make a graph: comparing with all of them takes longer than embedding
-the question (`benchmarks/bench_index.py`)."""
+the question (`benchmarks/bench_retrieval.py`)."""
 
 _NEIGHBOURS = 32
 _LOOKED_AT_TO_BUILD = 100

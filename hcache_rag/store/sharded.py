@@ -360,9 +360,11 @@ class ShardedStore(StateStore):
         for store in self._writable.values():
             store.name_model(root, name, layout, reason)
 
-    def set_fidelity(self, root: StateKey, fidelity: str | float | None) -> None:
+    def set_fidelity(
+        self, root: StateKey, fidelity: str | float | None, measured_with: str | None = None
+    ) -> None:
         for store in self._to_write().values():
-            store.set_fidelity(root, fidelity)
+            store.set_fidelity(root, fidelity, measured_with)
 
     def models(self) -> dict[StateKey, StoredModel]:
         found: dict[StateKey, StoredModel] = {}
