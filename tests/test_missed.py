@@ -21,6 +21,7 @@ from hcache_rag.indexing import Indexer
 from hcache_rag.llama_index import HCacheLLM, HCacheRetriever
 from hcache_rag.measure import drop_page_cache
 from hcache_rag.missed import MAX_WAITING
+from hcache_rag.models import KEY
 from hcache_rag.store.states import StoreReader
 from hcache_rag.texts import TextSet
 
@@ -104,7 +105,7 @@ def test_what_a_changed_model_has_read_is_not_kept(
     def trained(*arguments: Any) -> Any:
         report = precompute(*arguments)
         with torch.no_grad():
-            engine.adapter.key_projections[0].weight.add_(1.0)
+            engine.adapter.tap(0, KEY).module.weight.add_(1.0)  # type: ignore[operator]
         return report
 
     monkeypatch.setattr(Indexer, "precompute", trained)

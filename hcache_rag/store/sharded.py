@@ -291,12 +291,13 @@ class ShardedStore(StateStore):
         *,
         add: bool = False,
         delete: bool = False,
+        within: str | None = None,
     ) -> int:
         wanted = {owner: list(keys) for owner, keys in owned.items()}
         deleted = 0
         for store in self._to_write().values():
             its = {owner: [k for k in keys if k in store] for owner, keys in wanted.items()}
-            deleted += store.assign_all(its, add=add, delete=delete)
+            deleted += store.assign_all(its, add=add, delete=delete, within=within)
         return deleted
 
     def keys_of(self, owner: str) -> list[StateKey]:
