@@ -422,7 +422,7 @@ class HCacheEngine:
     ) -> GenerationStream:
         """Answer a prompt piece by piece; closing the stream stops the computation."""
         return GenerationStream(
-            lambda on_text, cancelled: self.generate(
+            lambda on_text, cancelled, _end_turn: self.generate(
                 prompt,
                 options=options,
                 add_bos=add_bos,

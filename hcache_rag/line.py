@@ -25,14 +25,14 @@ class Line:
         self._pid = os.getpid()
 
     @contextmanager
-    def turn(self, limit: int) -> Iterator[None]:
-        """Wait for a turn; it ends with the block."""
+    def turn(self, limit: int) -> Iterator[Place]:
+        """Wait for a turn; it ends with the block, or before by `Place.leave`."""
         has_come = threading.Event()
         place = Place(self, limit, has_come.set)
         try:
             place.join()
             has_come.wait()
-            yield
+            yield place
         finally:
             place.leave()
 

@@ -193,6 +193,10 @@ def _read_values(
             yield time.perf_counter() - started
 
 
+FRESH_TOKENS = (1, 16, 64)
+"""So many are timed behind a context."""
+
+
 class _Computing:
     """Times the model's part, on buffers that are used again and again as in earnest."""
 
@@ -202,8 +206,8 @@ class _Computing:
         longest = min(max_tokens or (1024 if quick else 2048), adapter.spec.window_tokens)
         sizes = (64, 256, 1024, 4096) if quick else (64, 256, 512, 1024, 2048, 4096, 8192)
         self.tokens = [n for n in sizes if n < longest] + [longest]
-        self.context = max(self.tokens)
-        self.buffers = Buffers(adapter, self.context + 64)
+        self.context = min(longest, max(1, adapter.spec.window_tokens - FRESH_TOKENS[-1]))
+        self.buffers = Buffers(adapter, longest + FRESH_TOKENS[-1])
         self.buffers.keys.normal_()
         self.buffers.values.normal_()
 
@@ -247,9 +251,9 @@ class _Computing:
     @torch.no_grad()
     def suffixes(self) -> list[tuple[float, float, float]]:
         """(tokens, context, seconds) of one layer over fresh tokens behind a restored context."""
-        found = []
-        for context in (64, self.context):
-            for tokens in (1, 16, 64):
+        found, window = [], self.adapter.spec.window_tokens
+        for context in (min(64, self.context), self.context):
+            for tokens in (n for n in FRESH_TOKENS if n == 1 or context + n <= window):
                 composition = measuring_composition(
                     context, tokens, _layout(self.adapter.spec.num_layers)
                 )

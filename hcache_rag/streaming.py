@@ -12,8 +12,9 @@ from hcache_rag.line import Line, Place
 from hcache_rag.openmp import give_back_threads
 from hcache_rag.provenance import Generation
 
-Run = Callable[[Callable[[str], None], threading.Event], Generation]
-"""Computes an answer: takes what is called with each piece of text, and what ends it when set."""
+Run = Callable[[Callable[[str], None], threading.Event, Callable[[], None]], Generation]
+"""Computes an answer: takes what is called with each piece of text, what ends it when set, and what
+ends its turn, before the answer is told to others who may want one."""
 
 
 class Computation:
@@ -25,7 +26,6 @@ class Computation:
         run: computes the answer.
         put: called with each piece of text, and at the end with None or the error, on that thread.
         line, limit: where it waits for its turn; without a line it has it at once.
-        on_result: called with the finished answer when the turn is over, before the end is put.
     """
 
     def __init__(
@@ -34,11 +34,9 @@ class Computation:
         put: Callable[[str | BaseException | None], None],
         line: Line | None = None,
         limit: int = 1,
-        on_result: Callable[[Generation], None] = lambda _answer: None,
     ) -> None:
         self._run = run
         self._put = put
-        self._on_result = on_result
         self._cancelled = threading.Event()
         self._context = copy_context()
         self._place = Place(line if line is not None else Line(), limit, self._start)
@@ -78,10 +76,7 @@ class Computation:
     def _compute(self) -> None:
         end: BaseException | None = None
         try:
-            answer = self._run(self._put, self._cancelled)
-            self._place.leave()
-            self._on_result(answer)
-            self.result = answer
+            self.result = self._run(self._put, self._cancelled, self._place.leave)
         except BaseException as error:
             end = error
         self._end(end)
@@ -108,10 +103,9 @@ class GenerationStream(Iterator[str]):
         run: Run,
         line: Line | None = None,
         limit: int = 1,
-        on_result: Callable[[Generation], None] = lambda _answer: None,
     ) -> None:
         self._items: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-        self._computation = Computation(run, self._items.put, line, limit, on_result)
+        self._computation = Computation(run, self._items.put, line, limit)
         self._finished = False
         give_back_threads()
 

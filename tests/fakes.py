@@ -40,13 +40,17 @@ def save_tiny_model(folder: Path, *, chat: bool = False) -> Path:
     return folder
 
 
-def save_gpt2(folder: Path) -> Path:
-    """A model of a family with learned absolute positions, which cannot be restored."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+def mamba() -> Any:
+    """A model of a family that keeps no K and V, and so cannot be served."""
+    from transformers import MambaConfig, MambaForCausalLM
 
-    config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, n_positions=64)
-    model: Any = GPT2LMHeadModel(config)
-    model.save_pretrained(folder)
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4)
+    return MambaForCausalLM(config)
+
+
+def save_mamba(folder: Path) -> Path:
+    """The same in a folder."""
+    mamba().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

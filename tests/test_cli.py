@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from commands import Outcome, Run, assert_one_error_line, assert_usage_error
-from fakes import save_gpt2, save_tiny_model
+from fakes import save_mamba, save_tiny_model
 from tiny import Shape, byte_tokenizer, tiny_model
 
 from hcache_rag import StateStore, __version__
@@ -403,12 +403,12 @@ def test_a_wrong_model_is_one_line_and_leaves_nothing(
     if kind == "no weights":
         (save_tiny_model(path) / "model.safetensors").unlink()
     if kind == "family":
-        save_gpt2(path)
+        save_mamba(path)
     expected = {
         "missing": f"{path} is not a model: ",
         "not a model": f"{path} is not a model: ",
         "no weights": f"{path} cannot be loaded: ",
-        "family": "is of family 'gpt2', which is not supported; supported: llama, mistral, qwen2",
+        "family": "is of family 'mamba', which cannot be served",
     }
     options = ["--json"] if as_json else []
     outcome = run("index", folder, "--store", store, "--model", path, *options)

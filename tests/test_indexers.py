@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import PRINTABLE, save_gpt2, save_tiny_model
+from fakes import PRINTABLE, save_mamba, save_tiny_model
 from llama_index.core.schema import TextNode
 
 from hcache_indexers.job import node_documents
@@ -131,13 +131,13 @@ def test_main_says_what_is_wrong_in_one_line(
     arguments: dict[str, list[str | Path]] = {
         "folder": [tmp_path / "missing", "--states", states, "--model", model],
         "model": [folder, "--states", states, "--model", folder],
-        "family": [folder, "--states", states, "--model", save_gpt2(tmp_path / "gpt2")],
+        "family": [folder, "--states", states, "--model", save_mamba(tmp_path / "mamba")],
         "states": [folder, "--states", folder / "a.txt", "--model", model],
     }
     expected = {
         "folder": f"error: {tmp_path / 'missing'}: no such folder",
         "model": f"error: {folder} is not a model: ",
-        "family": "which is not supported; supported: llama, mistral, qwen2",
+        "family": "which cannot be served",
         "states": f"error: {folder / 'a.txt'} is a file; a state store is a folder",
     }
     code = run(arguments[case])  # sys.exit prints a string to stderr and exits with 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -136,7 +137,7 @@ def test_streams_compute_in_the_order_in_which_they_were_begun() -> None:
     line, began, may_end = Line(), list[int](), threading.Event()
 
     def run_of(number: int) -> Any:
-        def run(on_text: Any, _cancelled: Any) -> Generation:
+        def run(on_text: Any, *_: Any) -> Generation:
             began.append(number)
             on_text("text")
             assert may_end.wait(JOIN_S)
@@ -165,7 +166,7 @@ def test_streams_compute_in_the_order_in_which_they_were_begun() -> None:
 def test_a_stream_that_is_closed_in_the_line_computes_nothing() -> None:
     line, began = Line(), list[int]()
 
-    def run(_on_text: Any, _cancelled: Any) -> Generation:
+    def run(*_: Any) -> Generation:
         began.append(1)
         return ANSWER
 
@@ -180,16 +181,17 @@ def test_a_stream_that_is_closed_in_the_line_computes_nothing() -> None:
     assert GenerationStream(run, line).read() is ANSWER
 
 
-def test_a_result_is_reported_when_the_turn_is_over() -> None:
-    """So that who is told of it can ask again."""
+def test_a_turn_may_end_before_its_computation() -> None:
+    """So that who is told of the answer can ask again."""
     line, again = Line(), list[Generation]()
 
-    def ask_again(_: Generation) -> None:
+    def run(_on_text: Any, _cancelled: Any, end_turn: Callable[[], None]) -> Generation:
+        end_turn()
         with line.turn(1):
             again.append(ANSWER)
+        return ANSWER
 
-    stream = GenerationStream(lambda *_: ANSWER, line, 1, ask_again)
-    assert stream.read() is ANSWER
+    assert GenerationStream(run, line, 1).read() is ANSWER
     assert again == [ANSWER]
 
 

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import PRINTABLE, FixedRetriever, Recorder, chat_tokenizer, save_gpt2, save_tiny_model
+from fakes import (
+    PRINTABLE,
+    FixedRetriever,
+    Recorder,
+    chat_tokenizer,
+    mamba,
+    save_mamba,
+    save_tiny_model,
+)
 from llama_index.core import PromptTemplate, Settings
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse
 from llama_index.core.base.response.schema import AsyncStreamingResponse, StreamingResponse
@@ -33,7 +41,7 @@ from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.llms.huggingface import HuggingFaceLLM
 from llama_index_instrumentation import get_dispatcher
 from tiny import SHAPES, byte_tokenizer, tiny_model
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hcache_rag import (
     HCacheEngine,
@@ -1047,9 +1055,9 @@ def test_a_path_without_a_model_is_an_error_in_one_line(tmp_path: Path, what: st
     assert not (tmp_path / "states").exists()
 
 
-def test_an_unsupported_family_is_refused_with_the_supported_ones(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"'gpt2'.*supported: llama, mistral, qwen2"):
-        HCacheLLM(save_gpt2(tmp_path / "gpt2"), store=tmp_path / "states")
+def test_an_unsupported_family_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"'mamba'.*cannot be served"):
+        HCacheLLM(save_mamba(tmp_path / "mamba"), store=tmp_path / "states")
     assert not (tmp_path / "states").exists()
 
 
@@ -1057,9 +1065,9 @@ def test_an_unsupported_family_is_refused_with_the_supported_ones(tmp_path: Path
 def test_a_loaded_model_of_an_unsupported_family_is_refused_at_once(
     tmp_path: Path, *, named: bool
 ) -> None:
-    loaded: Any = GPT2LMHeadModel(GPT2Config(vocab_size=260, n_embd=32, n_layer=1, n_head=2))
+    loaded = mamba()
     store = tmp_path / "states" if named else None
-    with pytest.raises(UnsupportedModelError, match=r"'gpt2'.*supported: llama, mistral, qwen2"):
+    with pytest.raises(UnsupportedModelError, match=r"'mamba'.*cannot be served"):
         HCacheLLM(model=loaded, tokenizer=byte_tokenizer(), store=store)
 
 

@@ -111,7 +111,7 @@ def test_a_block_gives_back_also_when_it_fails(error: Exception | None) -> None:
 def stream_of(run: Callable[[], None]) -> GenerationStream:
     """A stream of three pieces; `run` is called on its thread before each."""
 
-    def generate(on_text: Callable[[str], None], _: threading.Event) -> Generation:
+    def generate(on_text: Callable[[str], None], *_: object) -> Generation:
         for piece in "abc":
             run()
             on_text(piece)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
 
 from hcache_rag.line import Line
@@ -23,10 +23,9 @@ class AsyncGenerationStream(AsyncIterator[str]):
         run: Run,
         line: Line,
         limit: int,
-        on_result: Callable[[Generation], None],
     ) -> None:
         self._items: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
-        self._computation = Computation(run, self._put, line, limit, on_result)
+        self._computation = Computation(run, self._put, line, limit)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._finished = False
         give_back_threads()

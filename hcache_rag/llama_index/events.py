@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,20 +89,22 @@ class StateEvictEvent(BaseEvent):
         return "StateEvictEvent"
 
 
-def report_restore(answer: Generation) -> None:
-    """Send a `StateRestoreEvent`."""
-    _dispatcher.event(StateRestoreEvent(provenance=answer.provenance.to_dict()))
-
-
 @_dispatcher.span
-def restore(engine: HCacheEngine, prompt: str, **options: Any) -> Generation:
-    """`HCacheEngine.generate` in a span of its own.
+def restore(
+    engine: HCacheEngine, prompt: str, end_turn: Callable[[], None], **options: Any
+) -> Generation:
+    """`HCacheEngine.generate` in a span of its own, with a `StateRestoreEvent` at its end.
 
     The span is open while the answer is computed, also where that is on another thread than the
-    call, or after it. Who calls sends the event (`report_restore`) when its turn is over: who hears
-    it may want to ask the same model.
+    call, or after it.
+
+    Args:
+        end_turn: called before the event is sent: who hears it may want to ask the same model.
     """
-    return engine.generate(prompt, **options)
+    answer = engine.generate(prompt, **options)
+    end_turn()
+    _dispatcher.event(StateRestoreEvent(provenance=answer.provenance.to_dict()))
+    return answer
 
 
 def report_precompute(report: PrecomputeReport) -> None:

@@ -35,7 +35,7 @@ from hcache_rag.layout import StateLayout
 from hcache_rag.llama_index.awaiting import AsyncGenerationStream
 from hcache_rag.llama_index.calls import chat_template_of, options_of, temperature_of
 from hcache_rag.llama_index.closing import closing, opened
-from hcache_rag.llama_index.events import report_restore, restore
+from hcache_rag.llama_index.events import restore
 from hcache_rag.llama_index.resident import Keeping, Reading, Resident, load
 from hcache_rag.llama_index.responses import (
     achats,
@@ -73,11 +73,13 @@ class _Call:
         self,
         on_text: Callable[[str], None] | None = None,
         cancelled: threading.Event | None = None,
+        end_turn: Callable[[], None] = lambda: None,
     ) -> Generation:
         """Answer it."""
         return restore(
             self.engine,
             self.prompt,
+            end_turn,
             options=self.options,
             add_bos=self.add_bos,
             remember=self.remember,
@@ -396,18 +398,16 @@ class HCacheLLM(CustomLLM):
         return achats(self._async_stream(self._conversation(messages, kwargs)))
 
     def _answer(self, call: _Call) -> Generation:
-        with self._resident.line.turn(self.max_concurrency):
-            answer = call.run()
-        report_restore(answer)
-        return answer
+        with self._resident.line.turn(self.max_concurrency) as place:
+            return call.run(end_turn=place.leave)
 
     def _stream(self, call: _Call) -> GenerationStream:
         line = self._resident.line
-        return opened(GenerationStream(call.run, line, self.max_concurrency, report_restore))
+        return opened(GenerationStream(call.run, line, self.max_concurrency))
 
     def _async_stream(self, call: _Call) -> AsyncGenerationStream:
         line = self._resident.line
-        return opened(AsyncGenerationStream(call.run, line, self.max_concurrency, report_restore))
+        return opened(AsyncGenerationStream(call.run, line, self.max_concurrency))
 
     def _completion(self, prompt: str, formatted: bool, kwargs: dict[str, Any]) -> _Call:
         """A call of the completion methods; what is not formatted is, as `predict` would."""
