@@ -8,6 +8,7 @@ from typing import Any
 
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
+from llama_index_instrumentation.span import active_span_id
 
 from hcache_rag.engine import HCacheEngine
 from hcache_rag.indexing import PrecomputeReport
@@ -89,22 +90,45 @@ class StateEvictEvent(BaseEvent):
         return "StateEvictEvent"
 
 
-@_dispatcher.span
-def restore(
+def generate(
     engine: HCacheEngine, prompt: str, end_turn: Callable[[], None], **options: Any
 ) -> Generation:
-    """`HCacheEngine.generate` in a span of its own, with a `StateRestoreEvent` at its end.
+    """`HCacheEngine.generate` in a span "restore", with a `StateRestoreEvent` at its end.
 
-    The span is open while the answer is computed, also where that is on another thread than the
-    call, or after it.
+    The span is open while the answer is computed. It lies in that of the call, or is a root where
+    that has ended, as LlamaIndex ends a stream's before it is read.
 
     Args:
         end_turn: called before the event is sent: who hears it may want to ask the same model.
     """
+    with _outside_ended_spans():
+        return restore(engine, prompt, end_turn, options)
+
+
+@_dispatcher.span
+def restore(
+    engine: HCacheEngine, prompt: str, end_turn: Callable[[], None], options: dict[str, Any]
+) -> Generation:
+    """The span that `generate` opens."""
     answer = engine.generate(prompt, **options)
     end_turn()
     _dispatcher.event(StateRestoreEvent(provenance=answer.provenance.to_dict()))
     return answer
+
+
+@contextmanager
+def _outside_ended_spans() -> Iterator[None]:
+    """OpenTelemetry's handler makes no span in one that it has ended."""
+    around = active_span_id.get()
+    handlers = get_dispatcher().span_handlers
+    if around is None or any(around in handler.open_spans for handler in handlers):
+        yield
+        return
+    token = active_span_id.set(None)
+    try:
+        yield
+    finally:
+        active_span_id.reset(token)
 
 
 def report_precompute(report: PrecomputeReport) -> None:

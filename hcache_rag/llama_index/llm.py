@@ -35,7 +35,7 @@ from hcache_rag.layout import StateLayout
 from hcache_rag.llama_index.awaiting import AsyncGenerationStream
 from hcache_rag.llama_index.calls import chat_template_of, options_of, temperature_of
 from hcache_rag.llama_index.closing import closing, opened
-from hcache_rag.llama_index.events import restore
+from hcache_rag.llama_index.events import generate
 from hcache_rag.llama_index.resident import Keeping, Reading, Resident, load
 from hcache_rag.llama_index.responses import (
     achats,
@@ -76,7 +76,7 @@ class _Call:
         end_turn: Callable[[], None] = lambda: None,
     ) -> Generation:
         """Answer it."""
-        return restore(
+        return generate(
             self.engine,
             self.prompt,
             end_turn,
