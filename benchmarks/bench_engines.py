@@ -1,7 +1,8 @@
 """What LlamaIndex's engines make of a prompt, and how much of the documents in it is restored.
 
-    python benchmarks/bench_engines.py          # the table of docs/llamaindex.md, SmolLM2-135M
+    python benchmarks/bench_engines.py [--quick] [--json]
 
+It prints the table of docs/llamaindex.md (SmolLM2-135M; `--quick`: every sixth row).
 One row for each way to ask: a query engine, a chat engine, a postprocessor or a retriever. The
 share is that of the documents' tokens in all prompts of the row, found by looking for every
 stretch of `MIN_CHARS` characters of any document, so that cut and rewritten documents count too.
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from common import ROOT
+from common import ROOT, Target, arguments, at_least, finish, machine, quiet_transformers
 from llama_index.core import (
     PromptTemplate,
     Settings,
@@ -549,35 +550,28 @@ def asked(row: Row, world: World) -> tuple[list[str], Record]:
     return answers, count(record, [document.text for document in world.documents])
 
 
-def table(new_llm: Callable[[], HCacheLLM], documents: list[Document]) -> Iterator[str]:
-    """The table, a line for each row, each over a store of its own."""
-    yield "| | prompts | documents restored | |"
-    yield "|---|---|---|---|"
-    embed_model = default_embedding()
-    for row in ROWS:
-        with new_llm() as llm:
-            _, record = asked(row, World(llm, documents, embed_model))
-        share = "" if record.share is None else f"{100 * record.share:.0f} %"
-        yield f"| {row.label} | {record.prompts} | {share} | {row.note} |"
-
-
 def main() -> None:
-    """Print the table for the bundled model."""
+    """Print the table for the bundled model, each row over a store of its own."""
+    options = arguments(__doc__.splitlines()[0] if __doc__ else None).parse_args()
+    quiet_transformers()
     model, tokenizer = load_model(str(default_model_path()))
     paths = sorted((ROOT / "examples" / "solar_system").glob("*.md"))[:8]
     documents = [Document(text=path.read_text(), id_=path.stem) for path in paths]
-
-    def new_llm() -> HCacheLLM:
-        return HCacheLLM(
-            model=model,
-            tokenizer=tokenizer,
-            store=StateStore.in_memory(),
-            fidelity="none",
-            max_new_tokens=8,
-        )
-
-    for line in table(new_llm, documents):
-        print(line, flush=True)
+    embed_model = default_embedding()
+    rows, targets = list[dict[str, Any]](), list[Target]()
+    print("| | prompts | documents restored | |\n|---|---|---|---|")
+    for row in ROWS[:: 6 if options.quick else 1]:
+        store = StateStore.in_memory()
+        with HCacheLLM(
+            model=model, tokenizer=tokenizer, store=store, fidelity="none", max_new_tokens=8
+        ) as llm:
+            _, record = asked(row, World(llm, documents, embed_model))
+        share = "" if record.share is None else f"{100 * record.share:.0f} %"
+        print(f"| {row.label} | {record.prompts} | {share} | {row.note} |", flush=True)
+        rows.append({"what": row.label, "prompts": record.prompts, "restored": record.share})
+        if record.share is not None and row.floor is not None:
+            targets.append(at_least(row.label, record.share, row.floor))
+    finish(rows, targets, machine(), options.json)
 
 
 if __name__ == "__main__":
