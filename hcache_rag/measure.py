@@ -24,6 +24,7 @@ from hcache_rag import codec
 from hcache_rag.buffers import Buffers
 from hcache_rag.cache import RestoringCache
 from hcache_rag.compose import Composition, RestoredSpan
+from hcache_rag.device import synchronise
 from hcache_rag.errors import ProfileError
 from hcache_rag.executor import Execution
 from hcache_rag.layout import HEADER_BYTES, STORAGE_DTYPES, LayerFormat, Representation, StateLayout
@@ -52,13 +53,24 @@ REQUEST_BYTES = (1 << 16, 1 << 18, 1 << 20, 1 << 22)
 """Sizes of stored values whose reading is timed."""
 
 
-def machine_name() -> str:
-    """This machine and how many threads the model computes with, as a profile is called."""
-    return f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+CPU = torch.device("cpu")
 
 
-def find_profile(folder: str | os.PathLike[str]) -> HardwareProfile | None:
-    """The profile that was measured on this machine for the states in `folder`, if there is one."""
+def machine_name(place: torch.device = CPU) -> str:
+    """This machine and what the model computes with, as a profile is called."""
+    name = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return name if place.type != "cuda" else f"{name}, {torch.cuda.get_device_name(place)}"
+
+
+def find_profile(
+    folder: str | os.PathLike[str], place: torch.device = CPU
+) -> HardwareProfile | None:
+    """The profile that was measured on this machine for the states in `folder`, if there is one.
+
+    Args:
+        folder: where the states are.
+        place: where the model computes.
+    """
     path = Path(folder).expanduser() / PROFILE_NAME
     if not path.is_file():
         return None
@@ -67,7 +79,7 @@ def find_profile(folder: str | os.PathLike[str]) -> HardwareProfile | None:
     except ProfileError as error:
         logger.warning("%s; requests are not planned by it", error)
         return None
-    if found.name != machine_name():
+    if found.name != machine_name(place):
         logger.info("%s was measured on %s, not on this machine", path, found.name)
         return None
     return found
@@ -118,7 +130,7 @@ def measure(
     costs = ModelCosts(fitted[HIDDEN], fitted[KV], TokenCost.fit(layers), SuffixCost.fit(suffixes))
     now = datetime.now(timezone.utc).date().isoformat()
     return HardwareProfile(
-        name=machine_name(),
+        name=machine_name(adapter.device),
         source=f"measured on {now} with {adapter.spec.name}",
         cold=ReadRate.fit(reads["cold"]),
         warm=ReadRate.fit(reads["warm"]),
@@ -211,7 +223,8 @@ class _Computing:
         for tokens in (n for n in self.tokens if n <= 1024):
             with self._execution(tokens, fmt) as execution:
                 arrays = noise(codec.ChunkShape(fmt, tokens, spec))  # lives as long as the chunk
-                chunk = chunk_tensors(fmt, arrays, tokens)
+                place = self.adapter.device
+                chunk = tuple(part.to(place) for part in chunk_tensors(fmt, arrays, tokens))
                 piece = Piece(fmt, (ChunkUse(0, 0, tokens, 0),))
                 layers = iter(range(10**6))
 
@@ -273,8 +286,10 @@ class _Computing:
         call()
         samples: list[float] = []
         while len(samples) < self.repeats and (len(samples) < 2 or sum(samples) < BUDGET_S):
+            synchronise(self.adapter.device)
             started = time.perf_counter()
             call()
+            synchronise(self.adapter.device)
             samples.append(time.perf_counter() - started)
         return statistics.median(samples)
 
