@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hcache_kernels import project_kv, reference, rope_into
+from hcache_kernels import fused, project_kv, reference, rope_into
 from hcache_rag import codec
 from hcache_rag.buffers import Buffers
 from hcache_rag.cache import RestoringCache
@@ -154,7 +154,7 @@ class Execution:
         if self._pipeline is None:
             self._read[step.layer, step.piece] = chunks
             return
-        restore = partial(self._restore_staged, step.layer, piece)
+        restore = partial(self.restore_staged, step.layer, piece)
         keys, values, *_ = self._targets(step.layer, piece.start, piece.stop)
         self._submitted[step.layer, step.piece] = self._pipeline.submit(
             piece, chunks, restore, [keys, values]
@@ -222,9 +222,24 @@ class Execution:
         self._computing.begin()  # the layer's forward pass
 
     @torch.no_grad()
-    def _restore_staged(self, layer: int, piece: Piece, staged: StagedPiece) -> None:
-        """Projecting stream: what `restore_piece` does, from the device's memory."""
-        self.restore_piece(layer, piece, staged.chunks)
+    def restore_staged(self, layer: int, piece: Piece, staged: StagedPiece) -> None:
+        """Projecting stream: what `restore_piece` does, from the device's memory; by one kernel,
+        where there is one for it."""
+        if self.reference_mode or not self._restored_by_kernel(layer, piece, staged):
+            self.restore_piece(layer, piece, staged.chunks)
+
+    def _restored_by_kernel(self, layer: int, piece: Piece, staged: StagedPiece) -> bool:
+        keys, values, cos, sin = self._targets(layer, piece.start, piece.stop)
+        projection = None
+        if piece.fmt.representation is Representation.HIDDEN:
+            folded = self.adapter.projections[layer]
+            projection = fused.Projection(folded.weight.t(), folded.bias)
+        return fused.restore(
+            staged.stored(piece.fmt),
+            projection,
+            fused.KeyTransform(cos, sin),
+            fused.CacheSlots.contiguous(keys, values),
+        )
 
     def restore_piece(self, layer: int, piece: Piece, chunks: Sequence[Chunk]) -> None:
         """Turn what is stored of a piece, chunk by chunk, into K and V in their slots."""

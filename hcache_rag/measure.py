@@ -40,7 +40,7 @@ from hcache_rag.profile import (
     TokenCost,
 )
 from hcache_rag.schedule import ChunkUse, Piece, schedule
-from hcache_rag.staging import Chunk, chunk_tensors
+from hcache_rag.staging import Chunk, PieceMemory, StagedPiece, chunk_tensors
 from hcache_rag.state import StateRecord, child_key, token_array
 from hcache_rag.store import StateStore
 
@@ -167,7 +167,7 @@ def _reading(
                 if name == "cold":
                     drop_page_cache(Path(place) / "data.mdb")
                 with StateStore.open(place, read_only=True) as store:
-                    seconds = list(_read_values(store, shape, keys))
+                    seconds = list(_read_values(store, shape, keys, adapter.device))
                 found[name].append((HEADER_BYTES + shape.payload_bytes, statistics.fmean(seconds)))
     return found
 
@@ -194,13 +194,29 @@ def _write_values(
 
 
 def _read_values(
-    store: StateStore, shape: codec.ChunkShape, keys: Sequence[bytes]
+    store: StateStore, shape: codec.ChunkShape, keys: Sequence[bytes], place: torch.device
 ) -> Iterator[float]:
+    bring = _bringing(place, shape.payload_bytes)
     with store.reading() as reader:
         for key in keys:
             started = time.perf_counter()
-            codec.decode(shape, key, 0, 0, reader.value(key, 0, 0))
+            value = reader.value(key, 0, 0)
+            codec.decode(shape, key, 0, 0, value)
+            bring(value[HEADER_BYTES:])
             yield time.perf_counter() - started
+
+
+def _bringing(place: torch.device, num_bytes: int) -> Callable[[memoryview], object]:
+    """What brings a payload to a device, as the reading lane does; on the CPU nothing."""
+    if place.type == "cpu":
+        return lambda _payload: None
+    pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def bring(payload: memoryview) -> object:
+        np.copyto(pinned.numpy(), np.frombuffer(payload, dtype=np.uint8))
+        return pinned.to(place)
+
+    return bring
 
 
 class _Computing:
@@ -223,21 +239,35 @@ class _Computing:
         for tokens in (n for n in self.tokens if n <= 1024):
             with self._execution(tokens, fmt) as execution:
                 arrays = noise(codec.ChunkShape(fmt, tokens, spec))  # lives as long as the chunk
-                place = self.adapter.device
-                chunk = tuple(part.to(place) for part in chunk_tensors(fmt, arrays, tokens))
+                chunk = chunk_tensors(fmt, arrays, tokens)
                 piece = Piece(fmt, (ChunkUse(0, 0, tokens, 0),))
+                staged = self._staged(piece, chunk)
                 layers = iter(range(10**6))
 
                 def restore(
                     execution: Execution = execution,
                     piece: Piece = piece,
                     chunk: Chunk = chunk,
+                    staged: StagedPiece | None = staged,
                     layers: Iterator[int] = layers,
                 ) -> None:
-                    execution.restore_piece(next(layers) % spec.num_layers, piece, [chunk])
+                    layer = next(layers) % spec.num_layers
+                    if staged is None:
+                        execution.restore_piece(layer, piece, [chunk])
+                    else:
+                        execution.restore_staged(layer, piece, staged)
 
                 found.append((float(tokens), self._seconds(restore)))
         return found
+
+    def _staged(self, piece: Piece, chunk: Chunk) -> StagedPiece | None:
+        """The piece on the model's device; None where that is the CPU."""
+        if self.adapter.device.type == "cpu":
+            return None
+        place = PieceMemory(self.adapter.spec, piece)
+        memory = torch.empty(place.num_bytes, dtype=torch.uint8)
+        place.fill(memory, [chunk])
+        return place.views(memory.to(self.adapter.device))
 
     def layers(self) -> list[tuple[float, float]]:
         """(tokens, seconds) of one layer that reads a document from scratch."""

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from hcache_kernels import dequantise_keys_into, dequantise_rows_into, dequantise_values_into
+from hcache_kernels.fused import StoredKV, StoredRows
+from hcache_kernels.tiles import tiles_of
 from hcache_rag.buffers import Buffers
 from hcache_rag.codec import Words
 from hcache_rag.layout import GROUP_CHANNELS, LayerFormat, Part, Representation
@@ -55,10 +57,27 @@ class StagedPiece:
         parts: those of all its chunks side by side in the order of `LayerFormat.parts`: along
             the tokens, or where a chunk has one for all of its tokens, along a new first dimension.
         chunks: the same memory, chunk by chunk.
+        tiles: (tiles, 3) int32, see `hcache_kernels.tiles`.
     """
 
     parts: tuple[Tensor, ...]
     chunks: tuple[Chunk, ...]
+    tiles: Tensor
+
+    def stored(self, fmt: LayerFormat) -> StoredRows | StoredKV:
+        """The arrays as the kernels take them."""
+        if fmt.representation is Representation.KV:
+            keys, values, *scales = self.parts
+            return StoredKV(keys, values, self.tiles, *scales)
+        rows, row_scales, *scales = self.parts
+        return StoredRows(
+            rows,
+            row_scales,
+            self.tiles,
+            quant_scales=scales[0] if scales else None,
+            channel_scales=scales[1] if len(scales) > 1 else None,
+            group_channels=GROUP_CHANNELS if fmt.dtype == "int8-g64" else 0,
+        )
 
 
 class PieceMemory:
@@ -73,13 +92,23 @@ class PieceMemory:
         self.piece = piece
         self._places: list[tuple[torch.dtype, tuple[int, ...], int | None, int]] = []
         rows, self.num_bytes = piece.stop - piece.start, 0
-        for part in piece.fmt.parts(spec, rows):
+        starts = [(use.row - piece.start, use.tokens) for use in piece.chunks]
+        parts = piece.fmt.parts(spec, rows)
+        crosses_chunks = all(_TOKEN_DIM.get(part.name, 0) is not None for part in parts)
+        self._tiles = torch.tensor(
+            tiles_of(starts, crosses_chunks=crosses_chunks), dtype=torch.int32
+        )
+        for part in parts:
             dim = _TOKEN_DIM.get(part.name, 0)
             shape = part.shape if dim is not None else (len(piece.chunks), *part.shape)
             dtype = _element(piece.fmt, part)
             self._places.append((dtype, shape, dim, self.num_bytes))
-            size = math.prod(shape) * dtype.itemsize
-            self.num_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
+            self._add(math.prod(shape) * dtype.itemsize)
+        self._tiles_begin = self.num_bytes
+        self._add(self._tiles.nbytes)
+
+    def _add(self, num_bytes: int) -> None:
+        self.num_bytes += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
     def views(self, memory: Tensor) -> StagedPiece:
         """The arrays in some memory (at least num_bytes,) uint8."""
@@ -87,11 +116,15 @@ class PieceMemory:
             memory[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
             for dtype, shape, _, begin in self._places
         )
-        return StagedPiece(parts, tuple(self._chunks(parts)))
+        tiles = memory[self._tiles_begin : self._tiles_begin + self._tiles.nbytes]
+        tiles = tiles.view(torch.int32).view(self._tiles.shape)
+        return StagedPiece(parts, tuple(self._chunks(parts)), tiles)
 
     def fill(self, memory: Tensor, chunks: Sequence[Chunk]) -> None:
         """Copy the chunks of the piece to where they belong."""
-        for targets, sources in zip(self.views(memory).chunks, chunks, strict=True):
+        views = self.views(memory)
+        views.tiles.copy_(self._tiles)
+        for targets, sources in zip(views.chunks, chunks, strict=True):
             for target, source in zip(targets, sources, strict=True):
                 target.copy_(source)
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from tiny import SHAPES, byte_tokenizer, tiny_model
 from torch import Tensor
 
+from hcache_kernels import fused
+from hcache_kernels import fused_reference as twins
 from hcache_rag import Generation, GenerationOptions, HCacheEngine
 from hcache_rag.buffers import BufferPool
 from hcache_rag.cache import RestoringLayer
@@ -119,6 +122,42 @@ def test_every_format_is_restored_by_streams(fmt: LayerFormat, tmp_path: Path) -
         expected = answers(engine)
         use_device(engine, device)
         assert_same(answers(engine), expected)
+
+
+def by_twins(stored: Any, projection: Any, key: Any, target: Any) -> bool:
+    """What the kernels do, by their naive twins in float64."""
+    if projection is not None:
+        chunks = fused.chunks_of_rows(stored.tiles, len(stored.rows))
+        scales = (stored.quant_scales, stored.channel_scales, chunks, stored.group_channels)
+        numbers = twins.dequantise_rows(stored.rows, *scales, torch.float64)
+        keys, values = twins.project(
+            numbers, stored.row_scales, projection.weight, projection.bias, None, None, 16
+        )
+    else:
+        chunks = fused.chunks_of_rows(stored.tiles, stored.keys.shape[1])
+        keys, values = stored.keys.double(), stored.values.double()
+        if stored.key_scales is not None:
+            keys = keys * stored.key_scales[chunks].transpose(0, 1)
+            values = values * stored.value_scales.unsqueeze(-1)
+        keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+    turned = twins.rope(keys, key.cos, key.sin, is_interleaved=key.is_interleaved)
+    target.write(turned, values)
+    return True
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_kernels_are_given_what_they_need(
+    fmt: LayerFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU alone / with the kernels' twins in their place: the same tokens."""
+    restore = Mock(side_effect=by_twins)
+    monkeypatch.setattr(fused, "restore", restore)
+    with engine_of(tmp_path, layout_of(fmt)) as engine, ThreadDevice() as device:
+        expected = answers(engine)
+        assert not restore.called
+        use_device(engine, device)
+        assert_same(answers(engine), expected)
+    assert restore.called
 
 
 @pytest.mark.parametrize("part", range(4))

@@ -345,11 +345,9 @@ def recorded_early(target: Site | None, seen: set[Site]) -> list[tuple[Any, str,
         place = site()
         if is_ours(place) and id(stream) in early:
             seen.add(place)
-        return (
-            early.get(id(stream))
-            if place == target and id(stream) in early
-            else record(self, stream)
-        )
+        if place != target or id(stream) not in early:
+            return record(self, stream)
+        return early[id(stream)]
 
     return [(SimulatedDevice, "launch", launching), (SimulatedDevice, "record", recording)]
 

@@ -61,6 +61,7 @@ class HCacheLLM(CustomLLM):
             that is built with this LLM and a `persist_dir` brings its own; a program that never
             names one gets a temporary folder.
         dtype: what `model_name` is loaded as, "float32" or "bfloat16".
+        device: where it is loaded to, "cpu" or "cuda".
         max_new_tokens: the longest answer.
         temperature: 0 (the default) decodes greedily.
         representation: "auto", "hidden", "kv", one of the latter two per layer, or a layout.
@@ -137,6 +138,7 @@ class HCacheLLM(CustomLLM):
         tokenizer: PreTrainedTokenizerBase | None = None,
         store: StateStore | str | os.PathLike[str] | None = None,
         dtype: str = "float32",
+        device: str = "cpu",
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         representation: str | Sequence[str] | StateLayout = "auto",
@@ -160,7 +162,7 @@ class HCacheLLM(CustomLLM):
             raise ValueError("give either model_name or model= and tokenizer=, not both")
         if model is None or tokenizer is None:
             path = str(model_name) if model_name is not None else str(default_model_path())
-            model, tokenizer = load_model(path, dtype=dtype)
+            model, tokenizer = load_model(path, dtype=dtype, device=device)
             name = path if model_name is not None else MODEL_NAME
         else:
             name = str(model.config.name_or_path or model.config.model_type)
