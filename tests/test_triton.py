@@ -165,6 +165,10 @@ def test_what_a_kernel_cannot_do_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     side = meta(8, 256, 128).transpose(1, 2)
     gaps = StoredKV(side, side, rows.tiles)
     assert "neighbours" in (fused.why_not(gaps, None, key, target) or "")
+    wider = replace(target, values=meta(8, 8192, 192, dtype=BF16))
+    assert "one shape" in (fused.why_not(rows, projection, key, wider) or "")
+    queries_too = replace(projection, weight=meta(6144, 4096, dtype=BF16))
+    assert "6144 projected" in (fused.why_not(rows, queries_too, key, target) or "")
     monkeypatch.setattr(fused, "has_triton", lambda: False)
     assert "not installed" in (fused.why_not(rows, projection, key, target) or "")
 

@@ -200,6 +200,8 @@ def _obstacles(
         yield f"{key.cos.shape[-1]} rotated elements in a head of {target.head_dim}"
     if target.head_dim > 256:
         yield f"heads of {target.head_dim} elements do not fit into registers"
+    if (target.keys.shape, target.keys.stride()) != (target.values.shape, target.values.stride()):
+        yield "K and V are not of one shape"
     last = (target.keys, target.values, numbers, key.cos, key.sin)
     if any(tensor.stride(-1) != 1 for tensor in last):
         yield "elements of a row are not neighbours"
@@ -207,6 +209,8 @@ def _obstacles(
         weight = projection.weight
         if weight.dtype not in PRODUCT_DTYPES:
             yield f"weights of {weight.dtype}: tensor cores would round them"
+        if len(weight) != 2 * target.num_heads * target.head_dim:
+            yield f"{len(weight)} projected elements are not those of K and V"
         if weight.stride(1) != 1:
             yield "the weight's rows are not neighbours"
         if (
