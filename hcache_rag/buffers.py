@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hcache_rag.device import Device, device_of
+from hcache_rag.device.ring import Ring
 from hcache_rag.models import ModelAdapter
 
 _BLOCK_TOKENS = 256
@@ -20,15 +22,19 @@ class Buffers:
 
     Args:
         capacity_tokens: slots per layer.
+        device: what restores on streams of its own need; None where they have none.
     """
 
-    def __init__(self, adapter: ModelAdapter, capacity_tokens: int) -> None:
+    def __init__(
+        self, adapter: ModelAdapter, capacity_tokens: int, device: Device | None = None
+    ) -> None:
         spec = adapter.spec
         self.capacity_tokens = capacity_tokens
         shape = (spec.num_layers, 1, spec.num_kv_heads, capacity_tokens)
         options: Any = {"dtype": adapter.dtype, "device": adapter.device}
         self.keys = torch.empty((*shape, spec.head_dim), **options)
         self.values = torch.empty((*shape, spec.value_dim or spec.head_dim), **options)
+        self.ring = Ring(device) if device is not None else None
         self._scratch: dict[str, Tensor] = {}
 
     @property
@@ -52,10 +58,15 @@ class Buffers:
 
 
 class BufferPool:
-    """Keeps the buffers of finished requests for the next ones. Thread-safe."""
+    """Keeps the buffers of finished requests for the next ones. Thread-safe.
 
-    def __init__(self, adapter: ModelAdapter) -> None:
+    Args:
+        device: what the model's device restores on, by default what `device_of` says.
+    """
+
+    def __init__(self, adapter: ModelAdapter, device: Device | None = None) -> None:
         self._adapter = adapter
+        self._device = device or device_of(adapter.device)
         self._free: list[Buffers] = []
         self._lock = threading.Lock()
 
@@ -70,7 +81,8 @@ class BufferPool:
             else:
                 self._free.clear()  # what is too small now will be too small again
         if buffers is None:
-            buffers = Buffers(self._adapter, -(-tokens // _BLOCK_TOKENS) * _BLOCK_TOKENS)
+            capacity_tokens = -(-tokens // _BLOCK_TOKENS) * _BLOCK_TOKENS
+            buffers = Buffers(self._adapter, capacity_tokens, self._device)
         try:
             yield buffers
         finally:

@@ -80,7 +80,10 @@ class RestoringCache(Cache):
         """
         at = torch.from_numpy(positions)
         slots = self._slot_of_position[at]
-        self._pass = _Pass(at, slots, bool((slots.diff() == 1).all()))
+        is_contiguous = bool((slots.diff() == 1).all())
+        # Where the model is, once for all layers: a copy in each would wait for the layer before.
+        on_device = slots if is_contiguous else slots.to(self.adapter.device)
+        self._pass = _Pass(at, on_device, is_contiguous)
         for layer in self.restoring_layers:
             layer.rewind()
 
@@ -108,7 +111,7 @@ class RestoringCache(Cache):
             if self._pass.is_contiguous:
                 buffer[layer][:, :, slots[0] : slots[-1] + 1] = states
             else:
-                buffer[layer].index_copy_(2, slots.to(states.device), states)
+                buffer[layer].index_copy_(2, slots, states)
         if layer == len(self.restoring_layers) - 1:
             self._pass = None
         return len(self.position_of_slot)

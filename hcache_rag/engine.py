@@ -26,6 +26,7 @@ from hcache_rag.choice import (
     storage_dtypes,
 )
 from hcache_rag.compose import Composition, compose
+from hcache_rag.device import DEVICES
 from hcache_rag.errors import (
     PromptTooLongError,
     StateError,
@@ -84,9 +85,9 @@ class HCacheEngine:
     """A model that remembers what it has read.
 
     Args:
-        model: a transformers causal language model, on the CPU. States of models with learned
-            positions, with ALiBi, or of a family that nothing is known about, are used only behind
-            the very tokens that they were computed behind.
+        model: a transformers causal language model, on the CPU or on one CUDA device. States of
+            models with learned positions, with ALiBi, or of a family that nothing is known about,
+            are used only behind the very tokens that they were computed behind.
         tokenizer: its fast tokenizer.
         store: where states are kept: a `StateStore`, or a folder to open one in.
         preamble: the fixed text in front of the first document. States are computed after it.
@@ -160,14 +161,16 @@ class HCacheEngine:
         self._is_auto = fidelity == "auto"
         self._set_fidelity(recommended(None) if fidelity == "auto" else fidelity)
         self.adapter = ModelAdapter(model, name)
-        if self.adapter.device.type != "cpu":
+        if self.adapter.device.type not in DEVICES:
             raise UnsupportedModelError(
-                f"the model is on {self.adapter.device}; this release restores on the CPU only"
+                f"the model is on {self.adapter.device}; states are restored on "
+                + " and ".join(DEVICES)
             )
         self.tokenizer = tokenizer
         self._tokens = Tokenizer(tokenizer, tokenization)
         if profile == "auto":
-            profile = find_profile(store.path if isinstance(store, StateStore) else store)
+            folder = store.path if isinstance(store, StateStore) else store
+            profile = find_profile(folder, self.adapter.device)
         self.choice = self._choose(representation, storage_dtype, profile, objective)
         if context_at_index == "documents" and self.choice.layout.num_none:
             raise ValueError(
@@ -637,7 +640,8 @@ class HCacheEngine:
                 text, token_ids, reason = "", (), "cancelled"
         timeline = execution.timeline
         if reason != "cancelled":
-            self.planner.observe(timeline, plan)
+            on_host = self.adapter.device.type == "cpu"
+            self.planner.observe(timeline, plan, sees_computing=on_host)
         provenance = provenance_of(
             composition,
             pieces,

@@ -3,12 +3,15 @@
 The reading lane verifies stored values where they lie in the store's map. When the forward pass
 comes to a layer, the layer's pieces are turned into K and V at their positions, straight from the
 map: the bytes are moved once. First layers, or tokens, that the plan recomputes are run before.
+
+On a device with streams the reading lane also sends each piece through the device's pipeline, and
+the forward pass only goes on behind it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,18 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hcache_kernels import project_kv, reference, rope_into
+from hcache_kernels import fused, project_kv, reference, rope_into
 from hcache_rag import codec
 from hcache_rag.buffers import Buffers
 from hcache_rag.cache import RestoringCache
 from hcache_rag.compose import Composition
+from hcache_rag.device import Event
 from hcache_rag.lanes import CallerLane, Clock, Lane, ThreadLane, Ticket, timeline_of, walk
 from hcache_rag.layout import Representation
 from hcache_rag.models import ModelAdapter, in_heads
+from hcache_rag.pipeline import Pipeline
 from hcache_rag.plan import SpanSize, plan_restore
 from hcache_rag.prefixes import Prefixes
 from hcache_rag.schedule import ChunkUse, Piece, Schedule, schedule
-from hcache_rag.staging import Chunk, chunk_tensors, stage_kv, stage_rows
+from hcache_rag.staging import Chunk, StagedPiece, chunk_tensors, stage_kv, stage_rows
 from hcache_rag.state import StateKey
 from hcache_rag.timeline import COMPUTING, READING, Step, Timeline
 
@@ -98,7 +103,9 @@ class Execution:
         self._cos_sin = adapter.all_position_embeddings(positions)
         self._is_interleaved = adapter.family.is_interleaved
         self._first_row = np.cumsum([0, *(span.num_tokens for span in composition.spans)])
+        self._pipeline = Pipeline(buffers.ring, adapter.spec) if buffers.ring else None
         self._read: dict[tuple[int, int], list[Chunk]] = {}
+        self._submitted: dict[tuple[int, int], Event] = {}
         self._clock = Clock()
         self._computing = CallerLane(self._clock, is_cancelled)
         self._tickets: list[Ticket] = []
@@ -108,7 +115,10 @@ class Execution:
     def running(self, reader: ValueReader) -> Iterator[None]:
         """The lanes, with the reading lane under way; leaving the block stops it."""
         try:
-            with ThreadLane(partial(self._read_piece, reader), self._clock) as reading:
+            with (
+                self._device_running(),
+                ThreadLane(partial(self._read_piece, reader), self._clock) as reading,
+            ):
                 lanes: dict[str, Lane] = {READING: reading, COMPUTING: self._computing}
                 self._tickets = walk(self.work.steps, lanes)
                 try:
@@ -117,6 +127,13 @@ class Execution:
                     self._computing.close()
         finally:
             self._read.clear()  # the views end with the reader
+
+    def _device_running(self) -> AbstractContextManager[None]:
+        if self._pipeline is None:
+            return nullcontext()
+        _ = self.adapter.projections  # made by the model's stream, in front of all others' work
+        pieces = {id(piece): piece for layer in self.work.pieces for piece in layer}
+        return self._pipeline.running(pieces.values())
 
     @property
     def timeline(self) -> Timeline:
@@ -128,15 +145,21 @@ class Execution:
         self._computing.end()
 
     def _read_piece(self, reader: ValueReader, step: Step) -> None:
-        """Reading lane: find and verify a piece's chunks; nothing is copied.
+        """Reading lane: find and verify a piece's chunks; where there is no device, uncopied.
 
         Raises:
             StateError: a chunk is missing or damaged.
         """
         piece = self.work.pieces[step.layer][step.piece]
-        self._read[step.layer, step.piece] = [
-            self._read_chunk(reader, step.layer, piece, use) for use in piece.chunks
-        ]
+        chunks = [self._read_chunk(reader, step.layer, piece, use) for use in piece.chunks]
+        if self._pipeline is None:
+            self._read[step.layer, step.piece] = chunks
+            return
+        restore = partial(self.restore_staged, step.layer, piece)
+        keys, values, *_ = self._targets(step.layer, piece.start, piece.stop)
+        self._submitted[step.layer, step.piece] = self._pipeline.submit(
+            piece, chunks, restore, [keys, values]
+        )
 
     def _read_chunk(self, reader: ValueReader, layer: int, piece: Piece, use: ChunkUse) -> Chunk:
         record = self.composition.spans[use.span].record
@@ -195,8 +218,33 @@ class Execution:
                 side.zero_()  # nobody looks at it, but what is no number spoils all sums
         for index, piece in enumerate(self.work.pieces[layer]):
             with self._computing.step():
-                self.restore_piece(layer, piece, self._read.pop((layer, index)))
+                if self._pipeline is None:
+                    self.restore_piece(layer, piece, self._read.pop((layer, index)))
+                else:
+                    self._pipeline.join(self._submitted.pop((layer, index)))
         self._computing.begin()  # the layer's forward pass
+
+    @torch.no_grad()
+    def restore_staged(self, layer: int, piece: Piece, staged: StagedPiece) -> None:
+        """Projecting stream: what `restore_piece` does, from the device's memory; by one kernel,
+        where there is one for it."""
+        if self.reference_mode or not self._restored_by_kernel(layer, piece, staged):
+            self.restore_piece(layer, piece, staged.chunks)
+
+    def _restored_by_kernel(self, layer: int, piece: Piece, staged: StagedPiece) -> bool:
+        keys, values, cos, sin = self._targets(layer, piece.start, piece.stop)
+        projection = None
+        if piece.fmt.representation is Representation.HIDDEN:
+            if any(self.adapter.rows_norms[layer]):
+                return keys.is_cuda and fused.takes_kernels("K or V goes through a norm of its own")
+            folded = self.adapter.projections[layer]
+            projection = fused.Projection(folded.weight.t(), folded.bias)
+        return fused.restore(
+            staged.stored(piece.fmt),
+            projection,
+            fused.KeyTransform(cos, sin, self._is_interleaved),
+            fused.CacheSlots.contiguous(keys, values),
+        )
 
     def restore_piece(self, layer: int, piece: Piece, chunks: Sequence[Chunk]) -> None:
         """Turn what is stored of a piece, chunk by chunk, into K and V in their slots."""

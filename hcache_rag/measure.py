@@ -24,6 +24,7 @@ from hcache_rag import codec
 from hcache_rag.buffers import Buffers
 from hcache_rag.cache import RestoringCache
 from hcache_rag.compose import Composition, RestoredSpan
+from hcache_rag.device import synchronise
 from hcache_rag.errors import ProfileError
 from hcache_rag.executor import Execution
 from hcache_rag.layout import HEADER_BYTES, STORAGE_DTYPES, LayerFormat, Representation, StateLayout
@@ -39,7 +40,7 @@ from hcache_rag.profile import (
     TokenCost,
 )
 from hcache_rag.schedule import ChunkUse, Piece, schedule
-from hcache_rag.staging import Chunk, chunk_tensors
+from hcache_rag.staging import Chunk, PieceMemory, StagedPiece, chunk_tensors
 from hcache_rag.state import StateRecord, child_key, token_array
 from hcache_rag.store import StateStore
 
@@ -52,13 +53,24 @@ REQUEST_BYTES = (1 << 16, 1 << 18, 1 << 20, 1 << 22)
 """Sizes of stored values whose reading is timed."""
 
 
-def machine_name() -> str:
-    """This machine and how many threads the model computes with, as a profile is called."""
-    return f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+CPU = torch.device("cpu")
 
 
-def find_profile(folder: str | os.PathLike[str]) -> HardwareProfile | None:
-    """The profile that was measured on this machine for the states in `folder`, if there is one."""
+def machine_name(place: torch.device = CPU) -> str:
+    """This machine and what the model computes with, as a profile is called."""
+    name = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return name if place.type != "cuda" else f"{name}, {torch.cuda.get_device_name(place)}"
+
+
+def find_profile(
+    folder: str | os.PathLike[str], place: torch.device = CPU
+) -> HardwareProfile | None:
+    """The profile that was measured on this machine for the states in `folder`, if there is one.
+
+    Args:
+        folder: where the states are.
+        place: where the model computes.
+    """
     path = Path(folder).expanduser() / PROFILE_NAME
     if not path.is_file():
         return None
@@ -67,7 +79,7 @@ def find_profile(folder: str | os.PathLike[str]) -> HardwareProfile | None:
     except ProfileError as error:
         logger.warning("%s; requests are not planned by it", error)
         return None
-    if found.name != machine_name():
+    if found.name != machine_name(place):
         logger.info("%s was measured on %s, not on this machine", path, found.name)
         return None
     return found
@@ -120,7 +132,7 @@ def measure(
     costs = ModelCosts(fitted[HIDDEN], fitted[KV], TokenCost.fit(layers), SuffixCost.fit(suffixes))
     now = datetime.now(timezone.utc).date().isoformat()
     return HardwareProfile(
-        name=machine_name(),
+        name=machine_name(adapter.device),
         source=f"measured on {now} with {adapter.spec.name}",
         cold=ReadRate.fit(reads["cold"]),
         warm=ReadRate.fit(reads["warm"]),
@@ -157,7 +169,7 @@ def _reading(
                 if name == "cold":
                     drop_page_cache(Path(place) / "data.mdb")
                 with StateStore.open(place, read_only=True) as store:
-                    seconds = list(_read_values(store, shape, keys))
+                    seconds = list(_read_values(store, shape, keys, adapter.device))
                 found[name].append((HEADER_BYTES + shape.payload_bytes, statistics.fmean(seconds)))
     return found
 
@@ -184,13 +196,29 @@ def _write_values(
 
 
 def _read_values(
-    store: StateStore, shape: codec.ChunkShape, keys: Sequence[bytes]
+    store: StateStore, shape: codec.ChunkShape, keys: Sequence[bytes], place: torch.device
 ) -> Iterator[float]:
+    bring = _bringing(place, shape.payload_bytes)
     with store.reading() as reader:
         for key in keys:
             started = time.perf_counter()
-            codec.decode(shape, key, 0, 0, reader.value(key, 0, 0))
+            value = reader.value(key, 0, 0)
+            codec.decode(shape, key, 0, 0, value)
+            bring(value[HEADER_BYTES:])
             yield time.perf_counter() - started
+
+
+def _bringing(place: torch.device, num_bytes: int) -> Callable[[memoryview], object]:
+    """What brings a payload to a device, as the reading lane does; on the CPU nothing."""
+    if place.type == "cpu":
+        return lambda _payload: None
+    pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def bring(payload: memoryview) -> object:
+        np.copyto(pinned.numpy(), np.frombuffer(payload, dtype=np.uint8))
+        return pinned.to(place)
+
+    return bring
 
 
 FRESH_TOKENS = (1, 16, 64)
@@ -219,18 +247,33 @@ class _Computing:
                 arrays = noise(codec.ChunkShape(fmt, tokens, spec))  # lives as long as the chunk
                 chunk = chunk_tensors(fmt, arrays, tokens)
                 piece = Piece(fmt, (ChunkUse(0, 0, tokens, 0),))
+                staged = self._staged(piece, chunk)
                 layers = iter(range(10**6))
 
                 def restore(
                     execution: Execution = execution,
                     piece: Piece = piece,
                     chunk: Chunk = chunk,
+                    staged: StagedPiece | None = staged,
                     layers: Iterator[int] = layers,
                 ) -> None:
-                    execution.restore_piece(next(layers) % spec.num_layers, piece, [chunk])
+                    layer = next(layers) % spec.num_layers
+                    if staged is None:
+                        execution.restore_piece(layer, piece, [chunk])
+                    else:
+                        execution.restore_staged(layer, piece, staged)
 
                 found.append((float(tokens), self._seconds(restore)))
         return found
+
+    def _staged(self, piece: Piece, chunk: Chunk) -> StagedPiece | None:
+        """The piece on the model's device; None where that is the CPU."""
+        if self.adapter.device.type == "cpu":
+            return None
+        place = PieceMemory(self.adapter.spec, piece)
+        memory = torch.empty(place.num_bytes, dtype=torch.uint8)
+        place.fill(memory, [chunk])
+        return place.views(memory.to(self.adapter.device))
 
     def layers(self) -> list[tuple[float, float]]:
         """(tokens, seconds) of one layer that reads a document from scratch."""
@@ -281,8 +324,10 @@ class _Computing:
         call()
         samples: list[float] = []
         while len(samples) < self.repeats and (len(samples) < 2 or sum(samples) < BUDGET_S):
+            synchronise(self.adapter.device)
             started = time.perf_counter()
             call()
+            synchronise(self.adapter.device)
             samples.append(time.perf_counter() - started)
         return statistics.median(samples)
 

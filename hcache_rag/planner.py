@@ -58,8 +58,17 @@ class Planner:
         )
         return chosen, work
 
-    def observe(self, timeline: Timeline, plan: RestorePlan) -> None:
-        """Learn from a request that has ended, and from what it was planned for."""
+    def observe(
+        self, timeline: Timeline, plan: RestorePlan, *, sees_computing: bool = True
+    ) -> None:
+        """Learn from a request that has ended, and from what it was planned for.
+
+        Args:
+            timeline: when its steps ran.
+            plan: what it was planned for.
+            sees_computing: whether computing steps took what the timeline says; where they were
+                only launched, nothing is learned from them.
+        """
         with self._lock:
             if self._now is None or self.profile is None:
                 return
@@ -71,7 +80,7 @@ class Planner:
             factor = self._now.compute_factor
             took_s = timeline.busy_s(COMPUTING)
             predicted_s = sum(e.step.cost_s for e in timeline.events if e.step.lane == COMPUTING)
-            if predicted_s > 0 and took_s > 0:
+            if sees_computing and predicted_s > 0 and took_s > 0:
                 factor = _mean(factor, plan.compute_factor * took_s / predicted_s)
             self._now = Conditions(ReadRate(rate), factor)
 

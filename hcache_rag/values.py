@@ -55,15 +55,15 @@ def chunk_arrays(
         return ()
     first = caught.first[row, tokens]
     if fmt.representation is Representation.HIDDEN:
-        scales = adapter.row_scale(layer, first).numpy()
+        scales = adapter.row_scale(layer, first)
         if not fmt.is_quantised:
-            return _stored(first, fmt), scales
+            return _stored(first, fmt), *_on_host(scales)
         if fmt.dtype == "int8-smooth":
             smooth, quant_scales, channel_scales = quantise_rows_smoothly(first)
-            return smooth.numpy(), scales, quant_scales.numpy(), channel_scales.numpy()
+            return _on_host(smooth, scales, quant_scales, channel_scales)
         group = GROUP_CHANNELS if fmt.dtype == "int8-g64" else None
         integers, quant_scales = quantise_rows(first, group)
-        return integers.numpy(), scales, quant_scales.numpy()
+        return _on_host(integers, scales, quant_scales)
     if caught.second is None:
         raise ValueError(f"layer {layer} was captured without V")
     heads, sides = adapter.spec.num_kv_heads, (first, caught.second[row, tokens])
@@ -74,9 +74,13 @@ def chunk_arrays(
         quantise_keys(keys),
         quantise_values(values),
     )
-    return tuple(t.numpy() for t in (stored_keys, stored_values, key_scales, value_scales))
+    return _on_host(stored_keys, stored_values, key_scales, value_scales)
 
 
 def _stored(values: Tensor, fmt: LayerFormat) -> codec.Words:
     """Floating-point values in the storage dtype, as words."""
-    return bit_words(values.to(torch_dtype(fmt.dtype)).contiguous())
+    return bit_words(values.to(torch_dtype(fmt.dtype)).contiguous().cpu())
+
+
+def _on_host(*tensors: Tensor) -> tuple[codec.Words, ...]:
+    return tuple(tensor.cpu().numpy() for tensor in tensors)

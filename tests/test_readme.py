@@ -48,7 +48,7 @@ def test_shell_commands_exist() -> None:
     """Every `hcache-rag` command of the README has a help text."""
     from hcache_rag.cli.app import app
 
-    commands = set(re.findall(r"^hcache-rag (\w+)", README, re.MULTILINE))
+    commands = set(re.findall(r"^hcache-rag ([\w-]+)", README, re.MULTILINE))
     assert commands == {command.name or command.callback.__name__ for command in all_commands(app)}
     for command in commands:
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hcache_rag import __version__
-from hcache_rag.cli import chatting, keeping, planning
+from hcache_rag.cli import chatting, keeping, planning, selftest
 from hcache_rag.cli.console import (
     DEFAULT_STORE,
     JsonOption,
@@ -275,6 +275,9 @@ def doctor(
         out.print(table, highlight=False)
     if not healthy:
         raise typer.Exit(1)
+
+
+app.command("gpu-selftest")(selftest.gpu_selftest)
 
 
 @contextmanager

@@ -99,6 +99,7 @@ class HCacheLLM(CustomLLM):
             that is built with this LLM and a `persist_dir` brings its own; a program that never
             names one gets a temporary folder.
         dtype: what `model_name` is loaded as, "float32" or "bfloat16".
+        device: where it is loaded to, "cpu" or "cuda".
         max_new_tokens: the longest answer.
         temperature: 0 decodes greedily, and is the default where `generate_kwargs` say nothing.
         representation: "auto", "hidden", "kv", one of the latter two per layer, or a layout.
@@ -179,6 +180,7 @@ class HCacheLLM(CustomLLM):
         tokenizer: PreTrainedTokenizerBase | None = None,
         store: StateStore | str | os.PathLike[str] | None = None,
         dtype: str = "float32",
+        device: str = "cpu",
         max_new_tokens: int = 256,
         temperature: float | None = None,
         representation: str | Sequence[str] | StateLayout = "auto",
@@ -211,7 +213,7 @@ class HCacheLLM(CustomLLM):
         for name in ("do_sample", "temperature"):
             generate_kwargs.pop(name, None)
         options_of(max_new_tokens, temperature, generate_kwargs, {})  # refuses at once
-        loaded = load(model_name, model, tokenizer, dtype)
+        loaded = load(model_name, model, tokenizer, dtype, device)
         model, tokenizer, name = loaded.model, loaded.tokenizer, loaded.name
         if is_chat_model is None:
             is_chat_model = tokenizer.chat_template is not None

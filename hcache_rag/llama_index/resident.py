@@ -42,6 +42,7 @@ def load(
     model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
     dtype: str,
+    device: str,
 ) -> Loaded:
     """A model that was given, or one from a folder, by default the bundled one.
 
@@ -54,7 +55,7 @@ def load(
     if model is None or tokenizer is None:
         path = str(default_model_path() if model_name is None else model_name)
         name = MODEL_NAME if model_name is None else path
-        return Loaded(*load_model(path, dtype=dtype), name, path)
+        return Loaded(*load_model(path, dtype=dtype, device=device), name, path)
     if model_name is not None:
         raise ValueError("give either model_name or model= and tokenizer=, not both")
     return Loaded(model, tokenizer, str(model.config.name_or_path or model.config.model_type), None)
