@@ -35,8 +35,8 @@ from common import (
 )
 
 from hcache_rag import GenerationOptions, HCacheEngine, StateStore
+from hcache_rag.bound import Fidelity
 from hcache_rag.bundled import default_model_path
-from hcache_rag.engine import Fidelity
 from hcache_rag.models import load_model
 from hcache_rag.repair import FIDELITY_SHARES, last_row_scores, select_tokens
 from hcache_rag.sources import read_folder

@@ -8,15 +8,15 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hcache_rag.account import Served, misses, provenance_of
+from hcache_rag.account import Served, provenance_of
+from hcache_rag.bound import Bound, Fidelity, Settings
 from hcache_rag.buffers import BufferPool
 from hcache_rag.cache import RestoringCache
-from hcache_rag.catalogue import Catalogue
 from hcache_rag.choice import (
     LEAST_TIME,
     LayoutChoice,
@@ -25,52 +25,46 @@ from hcache_rag.choice import (
     fixed_layout,
     storage_dtypes,
 )
-from hcache_rag.compose import Composition, compose
+from hcache_rag.compose import Composition
 from hcache_rag.device import DEVICES
 from hcache_rag.errors import (
     PromptTooLongError,
     StateError,
-    StoreError,
-    UnreachableStateError,
     UnsupportedModelError,
 )
-from hcache_rag.executor import Readable, open_restoring, span_sizes
+from hcache_rag.executor import open_restoring, span_sizes
 from hcache_rag.generation import GenerationOptions, decode
-from hcache_rag.identity import tokenizer_fingerprint
 from hcache_rag.indexing import Indexer, PrecomputeReport
-from hcache_rag.keeper import Keeper
 from hcache_rag.lanes import Cancelled
 from hcache_rag.layout import Representation, StateLayout
 from hcache_rag.measure import find_profile
 from hcache_rag.missed import MissedReader
 from hcache_rag.models import ModelAdapter
 from hcache_rag.openmp import give_back_threads, lent_threads
-from hcache_rag.paths import MAX_BYTES, Paths, Shelf
+from hcache_rag.paths import MAX_BYTES, Paths
 from hcache_rag.planner import Planner
 from hcache_rag.prefetch import Prefetcher
-from hcache_rag.prefixes import Prefixes
 from hcache_rag.profile import HardwareProfile
 from hcache_rag.prompt import Tokenization, Tokenizer
 from hcache_rag.provenance import Generation, Provenance
 from hcache_rag.repair import begin_repair, recommended, repair_share
-from hcache_rag.resolved import Resolved, ResolvedPiece, beginning_only, exact_ones
+from hcache_rag.resolved import Resolved, ResolvedPiece
 from hcache_rag.schedule import Rows
-from hcache_rag.sequences import BATCH_TOKENS, PendingState
-from hcache_rag.state import StateRecord, TokenIds, root_key
+from hcache_rag.sequences import BATCH_TOKENS
+from hcache_rag.state import StateKey, StateRecord, TokenIds
 from hcache_rag.store import StateStore
-from hcache_rag.store.models import UNKNOWN, StoredModel
+from hcache_rag.store.models import StoredModel
 from hcache_rag.streaming import GenerationStream
 from hcache_rag.texts import TextSet
 
 logger = logging.getLogger("hcache_rag")
-
-Fidelity = Literal["auto", "exact", "high", "balanced", "fast", "none"] | float
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
     """A prompt to answer, and what becomes known of it on the way."""
 
+    bound: Bound
     resolved: Resolved
     options: GenerationOptions
     on_text: Callable[[str], None] | None
@@ -78,7 +72,7 @@ class _Request:
     started: float
     seconds: dict[str, float]
     warnings: list[str]
-    keeper: Keeper | None
+    remember: bool
 
 
 class HCacheEngine:
@@ -158,102 +152,112 @@ class HCacheEngine:
             raise ValueError(
                 'documents that are read behind others are not exact, but fidelity is "exact"'
             )
-        self._is_auto = fidelity == "auto"
-        self._set_fidelity(recommended(None) if fidelity == "auto" else fidelity)
-        self.adapter = ModelAdapter(model, name)
-        if self.adapter.device.type not in DEVICES:
+        repair_share(recommended(None) if fidelity == "auto" else fidelity)  # refuses nonsense
+        adapter = ModelAdapter(model, name)
+        if adapter.device.type not in DEVICES:
             raise UnsupportedModelError(
-                f"the model is on {self.adapter.device}; states are restored on "
-                + " and ".join(DEVICES)
+                f"the model is on {adapter.device}; states are restored on " + " and ".join(DEVICES)
             )
         self.tokenizer = tokenizer
         self._tokens = Tokenizer(tokenizer, tokenization)
         if profile == "auto":
             folder = store.path if isinstance(store, StateStore) else store
-            profile = find_profile(folder, self.adapter.device)
-        self.choice = self._choose(representation, storage_dtype, profile, objective)
+            profile = find_profile(folder, adapter.device)
+        is_asked_for = representation != "auto" or storage_dtype is not None
+        if storage_dtype is None and fidelity == "exact":
+            storage_dtype = adapter.spec.dtype
+        self.choice = _chosen(adapter, representation, storage_dtype, profile, objective)
         if context_at_index == "documents" and self.choice.layout.num_none:
             raise ValueError(
                 "layers that keep nothing are computed again after what a document was read "
                 'after: that is not kept with context_at_index="documents"'
             )
-        self._is_asked_for = representation != "auto" or storage_dtype is not None
         self.reference_mode = reference_mode
-        self.add_bos = add_bos
-        self.preamble = preamble
-        self.context_at_index = context_at_index
-        self._paths_max_bytes = paths_max_bytes
-        self._keep_recurring = keep_recurring
-        self._profile = profile
+        self._settings = Settings(
+            preamble=preamble,
+            add_bos=add_bos,
+            fidelity=fidelity,
+            context_at_index=context_at_index,
+            choice=self.choice,
+            is_asked_for=is_asked_for,
+            profile=profile,
+            paths_max_bytes=paths_max_bytes,
+            keep_recurring=keep_recurring,
+        )
         self._owns_store = not isinstance(store, StateStore)
         self.store = store if isinstance(store, StateStore) else StateStore.open(store)
-        self.planner = Planner(self.adapter.spec, profile)
-        self._buffers = BufferPool(self.adapter)
+        self.planner = Planner(adapter.spec, profile)
+        self._buffers = BufferPool(adapter)
         self._announced = TextSet()
         self._stores_missed = store_missed and not self.store.read_only
         self._missed = MissedReader(self._read_missed, lambda: self.adapter.layers)
-        self._prefetcher = Prefetcher(self.store, self._state_for)
+        self._prefetcher = Prefetcher(self.store, lambda text: self.bound.state_for(text))
         self.served = Served()
         """What was answered since the engine was made."""
         self._serving = threading.Lock()
-        self._warned: set[str] = set()
         self._rebinding = threading.Lock()
         try:
-            self._bind()
-            self._warn_if_foreign()
+            self.bound = self._bind(adapter)
+            """The model as it is now, with its states."""
+            self.bound.warn_if_foreign()
         except BaseException:
             self._close_store()
             raise
         give_back_threads()  # the model has been loaded here; requests may come from elsewhere
 
-    def _bind(self) -> None:
-        """Find, and store, the states of the model as it is now."""
-        self.root = root_key(self.adapter.fingerprint, tokenizer_fingerprint(self.tokenizer))
-        self._prefixes = Prefixes(self.adapter, self.store, self.root)
-        preamble_ids = self._tokens.preamble(self.preamble, add_bos=self.add_bos)
-        self._parent = self._prefixes.add(self.root, preamble_ids)
-        if self._is_auto:
-            known = self.store.models().get(self.root, UNKNOWN)
-            self._set_fidelity(recommended(known.fidelity_with(self.measured_with(known))))
-        self._catalogue = Catalogue(
-            self.store, self._tokens, self.root, self._parent, self._announced
-        )
-        self._costs = (
-            self._profile.costs_of(self.adapter.spec) if self._profile is not None else None
-        )
-        self.paths = Paths(
-            self.adapter,
-            self.store,
-            self._tokens,
-            self.root,
-            max_bytes=self._paths_max_bytes,
-            is_usable=lambda record: self._why_not(record) is None,
-            costs=self._costs,
-        )
-        self._keeper = Keeper(
-            self.adapter,
-            self.paths,
-            self._tokens,
-            self.root,
-            recurring=self._keep_recurring and not self.store.read_only,
-        )
-        self._indexer = self._indexer_into(self.store, self._prefixes, BATCH_TOKENS)
+    def _bind(self, adapter: ModelAdapter) -> Bound:
+        return Bound(adapter, self._tokens, self.store, self._settings, self._announced)
 
-    def _indexer_into(self, store: StateStore, prefixes: Prefixes, batch_tokens: int) -> Indexer:
-        preamble_ids = self._tokens.preamble(self.preamble, add_bos=self.add_bos)
-        return Indexer(
-            self.adapter,
-            store,
-            self._tokens,
-            prefixes,
-            self.choice,
-            self.root,
-            PendingState(self.root, preamble_ids, self.preamble),
-            is_chained=self.context_at_index == "documents",
-            is_kept=self._is_kept,
-            costs=self._costs,
-            batch_tokens=batch_tokens,
-        )
+    def _current(self) -> Bound:
+        """What is bound; weights may have been written, or adapters switched, since last time."""
+        if self.bound.adapter.is_changed:
+            with self._rebinding:
+                if self.bound.adapter.is_changed:
+                    before = self.bound
+                    before.keeper.close()
+                    model, name = before.adapter.model, before.adapter.spec.name
+                    self.bound = self._bind(ModelAdapter(model, name))
+        return self.bound
+
+    @property
+    def adapter(self) -> ModelAdapter:
+        """The model as capturing and restoring see it."""
+        return self.bound.adapter
+
+    @property
+    def root(self) -> StateKey:
+        """The root of the state tree for this model and tokenizer."""
+        return self.bound.root
+
+    @property
+    def paths(self) -> Paths:
+        """The exact paths of this model."""
+        return self.bound.paths
+
+    @property
+    def fidelity(self) -> str | float:
+        """The dial's position, or a share; never "auto"."""
+        return self.bound.fidelity
+
+    @property
+    def repair_share(self) -> float:
+        """The share of relocated tokens that is repaired."""
+        return self.bound.repair_share
+
+    @property
+    def preamble(self) -> str:
+        """The text that documents are read after."""
+        return self._settings.preamble
+
+    @property
+    def add_bos(self) -> bool:
+        """Whether prompts begin with the tokenizer's own first token, if nothing else is said."""
+        return self._settings.add_bos
+
+    @property
+    def context_at_index(self) -> Literal["none", "documents"]:
+        """What else they are read after."""
+        return self._settings.context_at_index
 
     def indexer(self, store: StateStore, *, batch_tokens: int = BATCH_TOKENS) -> Indexer:
         """What reads texts as this engine does, and keeps their states in another store.
@@ -261,8 +265,7 @@ class HCacheEngine:
         Args:
             batch_tokens: that are read at once, padding included.
         """
-        self._follow_model()
-        return self._indexer_into(store, self._prefixes, batch_tokens)
+        return self._current().indexer_into(store, batch_tokens)
 
     def measured_with(self, model: StoredModel) -> str:
         """What a fidelity that is measured now holds for: other states may need another one.
@@ -270,21 +273,7 @@ class HCacheEngine:
         Args:
             model: what the store that they are in knows of this model.
         """
-        layout = model.layout or str(self.choice.layout)
-        return f"{layout}; context: {self.context_at_index}; after: {self._parent.hex()}"
-
-    def _set_fidelity(self, fidelity: str | float) -> None:
-        self.repair_share = repair_share(fidelity)
-        self.fidelity = fidelity
-
-    def _follow_model(self) -> None:
-        """Weights may have been written, or adapters switched, since the last request."""
-        if self.adapter.is_changed:
-            with self._rebinding:
-                if self.adapter.is_changed:
-                    self.adapter = ModelAdapter(self.adapter.model, self.adapter.spec.name)
-                    self._keeper.close()
-                    self._bind()
+        return self.bound.measured_with(model)
 
     @lent_threads()
     def precompute(
@@ -305,22 +294,16 @@ class HCacheEngine:
             StoreFullError: no room; what was stored before stays.
         """
         with self._missed.paused():
-            self._follow_model()
-            return self._indexer.precompute(texts, self._stored, on_progress)
+            bound = self._current()
+            return bound.indexer.precompute(texts, bound.mark_stored, on_progress)
 
     @lent_threads()
     def _read_missed(self, text: str) -> None:
-        self._follow_model()
-        adapter = self.adapter
-        self._indexer.precompute([text], self._stored)
-        if adapter.is_changed:  # meanwhile: what it has read may be another model's
-            for record in self._indexer.states_of(text):
+        bound = self._current()
+        bound.indexer.precompute([text], bound.mark_stored)
+        if bound.adapter.is_changed:  # meanwhile: what it has read may be another model's
+            for record in bound.indexer.states_of(text):
                 self.store.delete(record.key)
-
-    def _stored(self, record: StateRecord) -> None:
-        """A state is in the store."""
-        self._catalogue.mark_stored(record.key)
-        self._warned.discard(record.text)
 
     def announce(self, texts: Iterable[str]) -> None:
         """Say that these texts are documents, which may be asked for soon.
@@ -335,22 +318,18 @@ class HCacheEngine:
         """Begin to read the states of these documents into memory: a prompt will hold them."""
         self._prefetcher.start(texts)
 
-    def _state_for(self, text: str) -> StateRecord | None:
-        """The state that a document is most likely restored from."""
-        records = self._catalogue.states(text.strip())
-        return next((r for r in records if self._why_not(r) is None), None)
-
     def states_of(self, text: str) -> list[StateRecord]:
         """The states of a text that `precompute` keeps, as the engine is set now."""
-        return self._indexer.states_of(text)
+        return self.bound.indexer.states_of(text)
 
     def count_tokens(self, prompt: str) -> int:
         """Tokens of a prompt as it would be read."""
-        return sum(len(piece.token_ids) for piece in self._resolve(prompt, None).pieces)
+        return sum(len(piece.token_ids) for piece in self._current().resolve(prompt).pieces)
 
     def prompt_tokens(self, prompt: str) -> TokenIds:
         """The token ids (N,) of a prompt as it would be read."""
-        return self._compose(self._resolve(prompt, None).pieces).token_ids
+        bound = self._current()
+        return bound.compose(bound.resolve(prompt).pieces).token_ids
 
     def document_tokens(self, text: str) -> TokenIds:
         """The token ids (T,) that a document's state is kept for."""
@@ -358,12 +337,12 @@ class HCacheEngine:
 
     def plan(self, prompt: str, *, add_bos: bool | None = None) -> Provenance:
         """What would be restored and read for a prompt, without doing it."""
-        pieces = self._resolve(prompt, add_bos).pieces
-        composition = self._compose(pieces)
-        plan, _ = self.planner.plan(
-            span_sizes(composition, self._prefixes), len(composition.fresh_positions)
-        )
-        return provenance_of(composition, pieces, {}, None, [], fidelity=self.fidelity, plan=plan)
+        bound = self._current()
+        pieces = bound.resolve(prompt, add_bos).pieces
+        composition = bound.compose(pieces)
+        sizes = span_sizes(composition, bound.prefixes)
+        plan, _ = self.planner.plan(sizes, len(composition.fresh_positions))
+        return provenance_of(composition, pieces, {}, None, [], fidelity=bound.fidelity, plan=plan)
 
     @lent_threads()
     def generate(
@@ -396,24 +375,26 @@ class HCacheEngine:
         started = time.perf_counter()
         options = options or GenerationOptions()
         cancelled = cancelled or threading.Event()
-        resolved = self._resolve(prompt, add_bos)
-        keeper = self._keeper if remember and self.paths.is_on else None
+        bound = self._current()
+        resolved = bound.resolve(prompt, add_bos)
         seconds = {"match": time.perf_counter() - started}
-        request = _Request(resolved, options, on_text, cancelled, started, seconds, [], keeper)
+        request = _Request(
+            bound, resolved, options, on_text, cancelled, started, seconds, [], remember
+        )
         with self._missed.paused():
             return self._answer(request)
 
     def _answer(self, request: _Request) -> Generation:
         """Answer a request; a state that cannot be used is dropped, and all is begun anew."""
-        resolved = request.resolved
+        bound, resolved = request.bound, request.resolved
         while True:
             composing = time.perf_counter()
-            composition = self._compose(resolved.pieces)
+            composition = bound.compose(resolved.pieces)
             request.seconds["compose"] = time.perf_counter() - composing
             try:
                 return self._run(composition, request)
             except StateError as error:
-                resolved.pieces = self._without(resolved.pieces, error, request.warnings)
+                resolved.pieces = bound.without(resolved.pieces, error, request.warnings)
 
     def stream(
         self,
@@ -450,21 +431,21 @@ class HCacheEngine:
         Raises:
             StateError: from recomputing, or from the pass, a state that cannot be used.
         """
-        pieces = self._resolve(prompt, None).pieces
-        composition = self._compose(pieces)
-        _, work = self.planner.plan(
-            span_sizes(composition, self._prefixes), len(composition.fresh_positions)
-        )
+        bound = self._current()
+        pieces = bound.resolve(prompt).pieces
+        composition = bound.compose(pieces)
+        sizes = span_sizes(composition, bound.prefixes)
+        _, work = self.planner.plan(sizes, len(composition.fresh_positions))
         with (
             self._missed.paused(),
             self._buffers.borrow(len(composition.token_ids) + room_tokens) as buffers,
             open_restoring(
-                self.adapter,
+                bound.adapter,
                 composition,
                 buffers,
-                self._shelf(pieces),
+                bound.shelf(pieces),
                 work=work,
-                prefixes=self._prefixes,
+                prefixes=bound.prefixes,
                 reference_mode=self.reference_mode,
             ) as (cache, execution),
         ):
@@ -473,7 +454,7 @@ class HCacheEngine:
 
     def flush(self) -> None:
         """Wait until everything that is to be remembered, or was missed, is stored."""
-        self._keeper.flush()
+        self.bound.keeper.flush()
         self._missed.flush()
         self._prefetcher.flush()
 
@@ -484,7 +465,7 @@ class HCacheEngine:
         """
         self._prefetcher.close()
         self._missed.close()
-        self._keeper.close()
+        self.bound.keeper.close()
         self._close_store()
 
     def _close_store(self) -> None:
@@ -497,97 +478,10 @@ class HCacheEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _choose(
-        self,
-        representation: str | Sequence[str] | StateLayout,
-        storage_dtype: str | None,
-        profile: HardwareProfile | None,
-        objective: Objective,
-    ) -> LayoutChoice:
-        spec = self.adapter.spec
-        if storage_dtype is None and self.fidelity == "exact":
-            storage_dtype = spec.dtype
-        if isinstance(representation, StateLayout):
-            if len(representation.layers) != spec.num_layers:
-                raise ValueError(
-                    f"a layout of {len(representation.layers)} layers for a model of "
-                    f"{spec.num_layers}"
-                )
-            choice = LayoutChoice(representation, "given by the caller")
-        elif representation != "auto" or not self.adapter.is_known:
-            asked = representation if representation != "auto" else "kv"
-            choice = fixed_layout(spec, asked, storage_dtype)
-        else:
-            hidden, kv = storage_dtypes(spec, storage_dtype)
-            return choose_layout(spec, profile, objective, hidden_dtype=hidden, kv_dtype=kv)
-        formats = {fmt.representation for fmt, _ in choice.layout.runs}
-        if Representation.HIDDEN in formats and not self.adapter.is_known:
-            raise ValueError(
-                f"nothing is known about models of family {spec.family!r}, so that no K and V can "
-                "be made of their hidden states: keep K and V"
-            )
-        return choice
-
-    def _is_kept(self, layout: StateLayout) -> bool:
-        """Whether a stored state in this layout need not be stored anew."""
-        if self._is_asked_for:
-            return layout == self.choice.layout
-        return self.fidelity != "exact" or layout.is_lossless(self.adapter.spec.dtype)
-
-    def _resolve(self, prompt: str, add_bos: bool | None) -> Resolved:
-        self._follow_model()
-        bos = self.add_bos if add_bos is None else add_bos
-        walked = self._keeper.walk(prompt, add_bos=bos)
-        found = self._catalogue.resolve(prompt, add_bos=bos, walked=walked)
-        found.pieces = exact_ones([self._usable(piece) for piece in found.pieces], self.root)
-        if not self.adapter.is_movable:
-            why_not = self.adapter.why_not_movable
-            found.pieces = beginning_only(found.pieces, self.root, why_not)
-        return found
-
-    def _shelf(self, pieces: Sequence[ResolvedPiece]) -> Readable:
-        """Where the states of some pieces are read from."""
-        records = [p.record for p in pieces if p.is_path and p.record is not None]
-        paths = self.paths.store
-        return Shelf(self.store, paths, records) if records and paths is not None else self.store
-
-    def _usable(self, piece: ResolvedPiece) -> ResolvedPiece:
-        """The piece, without states that cannot be used as the engine is set."""
-        if piece.record is None:
-            return piece
-        misses = {record: self._why_not(record) for record in (piece.record, *piece.others)}
-        usable = [record for record, miss in misses.items() if miss is None]
-        if not usable:
-            return replace(piece, record=None, others=(), miss=misses[piece.record])
-        return replace(piece, record=usable[0], others=tuple(usable[1:]))
-
-    def _why_not(self, record: StateRecord) -> str | None:
-        """Why a state cannot be used as the engine is set; None if it can."""
-        if self.fidelity == "exact" and not record.layout.is_lossless(self.adapter.spec.dtype):
-            return f"kept as {record.layout}, which is not exact; see storage_dtype"
-        if self.fidelity == "exact" and record.is_approximate:
-            return "it goes on from something that was restored with a loss"
-        if record.layout.num_none and record.parent not in self._prefixes:
-            return "some layers are not kept, and what it was computed after is not known"
-        return None
-
-    def _compose(self, pieces: Sequence[ResolvedPiece]) -> Composition:
-        has_preamble = self._parent != self.root and not self._catalogue.is_damaged(self._parent)
-        preamble = self.store.record(self._parent) if has_preamble else None
-        if preamble is not None:
-            preamble = self._usable(ResolvedPiece(preamble.token_ids, None, preamble)).record
-        return compose(
-            [(piece.token_ids, piece.record) for piece in pieces],
-            self.root,
-            preamble,
-            exact_only=self.fidelity == "exact",
-            beginning_only=not self.adapter.is_movable,
-        )
-
     def _run(self, composition: Composition, request: _Request) -> Generation:
-        options, cancelled, seconds = request.options, request.cancelled, request.seconds
-        pieces = request.resolved.pieces
-        num_tokens, window = len(composition.token_ids), self.adapter.spec.window_tokens
+        bound, options, cancelled = request.bound, request.options, request.cancelled
+        pieces, seconds, adapter = request.resolved.pieces, request.seconds, bound.adapter
+        num_tokens, window = len(composition.token_ids), adapter.spec.window_tokens
         if not num_tokens:
             raise ValueError("the prompt is empty")
         if num_tokens >= window:
@@ -600,21 +494,23 @@ class HCacheEngine:
             if text and request.on_text:
                 request.on_text(text)
 
-        sizes = span_sizes(composition, self._prefixes)
-        will_repair = bool(self.repair_share) and composition.num_restored > composition.num_exact
+        sizes = span_sizes(composition, bound.prefixes)
+        is_relocated = composition.num_restored > composition.num_exact
+        will_repair = bool(bound.repair_share) and is_relocated
+        will_remember = request.remember and bound.paths.is_on
         # What is read again looks at everything, and what is remembered is kept as a whole.
-        unseen = self._unseen(composition) if not (will_repair or request.keeper) else ()
+        unseen = () if will_repair or will_remember else _unseen(adapter, composition)
         plan, work = self.planner.plan(sizes, len(composition.fresh_positions), unseen)
         repaired = 0
         with (
             self._buffers.borrow(num_tokens + max_new_tokens) as buffers,
             open_restoring(
-                self.adapter,
+                bound.adapter,
                 composition,
                 buffers,
-                self._shelf(pieces),
+                bound.shelf(pieces),
                 work=work,
-                prefixes=self._prefixes,
+                prefixes=bound.prefixes,
                 reference_mode=self.reference_mode,
                 is_cancelled=cancelled.is_set,
             ) as (cache, execution),
@@ -622,9 +518,9 @@ class HCacheEngine:
             try:
                 execution.recompute()
                 if will_repair:
-                    repaired = begin_repair(self.adapter, cache, self.repair_share)
+                    repaired = begin_repair(adapter, cache, bound.repair_share)
                 text, token_ids, reason = decode(
-                    self.adapter.model,
+                    adapter.model,
                     self.tokenizer,
                     composition.token_ids,
                     cache,
@@ -633,14 +529,13 @@ class HCacheEngine:
                     emit,
                     cancelled,
                 )
-                # The keeper of the model as it was: what has changed since is not kept.
-                if request.keeper is self._keeper and reason != "cancelled":
-                    request.keeper.remember(request.resolved, cache, text, token_ids)
+                if will_remember and reason != "cancelled":
+                    bound.keeper.remember(request.resolved, cache, text, token_ids)
             except Cancelled:
                 text, token_ids, reason = "", (), "cancelled"
         timeline = execution.timeline
         if reason != "cancelled":
-            on_host = self.adapter.device.type == "cpu"
+            on_host = adapter.device.type == "cpu"
             self.planner.observe(timeline, plan, sees_computing=on_host)
         provenance = provenance_of(
             composition,
@@ -649,26 +544,17 @@ class HCacheEngine:
             timeline,
             request.warnings,
             repaired=repaired,
-            fidelity=self.fidelity,
+            fidelity=bound.fidelity,
             plan=plan,
             queued=self._read_later(pieces),
         )
         with self._serving:
             self.served = self.served.plus(provenance)
-        self._count_use(pieces)
-        is_relocated = composition.num_restored > composition.num_exact
-        if self.paths.is_on and (is_relocated or self.fidelity == "exact"):
-            self._keeper.count(request.resolved, composition.num_exact)
-        self._warn_of(pieces)
+        bound.count_use(pieces)
+        if bound.paths.is_on and (is_relocated or bound.fidelity == "exact"):
+            bound.keeper.count(request.resolved, composition.num_exact)
+        bound.warn_of(pieces)
         return Generation(text, token_ids, reason, provenance, timeline)
-
-    def _unseen(self, composition: Composition) -> tuple[Rows, ...]:
-        """Restored rows of every layer that no fresh token has in its window."""
-        windows = self.adapter.windows
-        rows = {w: composition.unseen_rows(w) for w in set(windows) if w is not None}
-        if not any(rows.values()):
-            return ()
-        return tuple(() if window is None else rows[window] for window in windows)
 
     def _read_later(self, pieces: Sequence[ResolvedPiece]) -> int:
         """Have missed documents read afterwards; how many will be."""
@@ -676,65 +562,41 @@ class HCacheEngine:
             return 0
         return self._missed.add(p.document for p in pieces if p.document and p.record is None)
 
-    def _count_use(self, pieces: Sequence[ResolvedPiece]) -> None:
-        documents = [piece for piece in pieces if piece.document is not None]
-        missed = [piece for piece in documents if piece.record is None]
-        self.store.count_use(
-            [piece.record.key for piece in documents if piece.record is not None],
-            misses=len(missed),
-            hit_tokens=sum(len(p.token_ids) for p in documents if p.record is not None),
-            missed_tokens=sum(len(p.token_ids) for p in missed),
-        )
-        self.paths.count_use(p.record.key for p in pieces if p.is_path and p.record is not None)
 
-    def _warn_of(self, pieces: Sequence[ResolvedPiece]) -> None:
-        """Log why documents have no usable state, once for each of them."""
-        for note in misses([p for p in pieces if p.document not in self._warned]):
-            logger.warning(note)
-        self._warned.update(p.document for p in pieces if p.document and p.record is None)
-
-    def _without(
-        self, pieces: Sequence[ResolvedPiece], error: StateError, warnings: list[str]
-    ) -> list[ResolvedPiece]:
-        """The same pieces, with the state that failed dropped from them and from the store."""
-        what = "is left" if isinstance(error, UnreachableStateError) else "was dropped"
-        message = f"{error}; it {what} and its tokens are read afresh"
-        warnings.append(message)
-        logger.warning(message)
-        used = next((p for p in pieces if p.record and p.record.key == error.key), None)
-        record = used.record if used is not None else None
-        if record is not None and used is not None and used.is_path:
-            self.paths.drop(record)
-        else:
-            self._drop(error, record)
-        return [
-            ResolvedPiece(p.token_ids, p.document, None)  # its warning has been given
-            if p.record is not None and p.record.key == error.key
-            else p
-            for p in pieces
-        ]
-
-    def _drop(self, error: StateError, used: StateRecord | None) -> None:
-        """Drop a document's state that failed, unless another one is there by now."""
-        if isinstance(error, UnreachableStateError):
-            return  # it is as it was, and may be reached the next time
-        record = self.store.record(error.key)
-        text = record.text if record is not None else ""
-        self._catalogue.mark_damaged(error.key, text, f"damaged state ({error.reason})")
-        self.store.count_use(damaged=1)
-        if not self.store.read_only:
-            try:
-                self.store.delete(error.key, unless_changed=used)
-            except StoreError as failure:
-                logger.warning("it could not be dropped: %s", failure)
-
-    def _warn_if_foreign(self) -> None:
-        num_foreign = self._catalogue.num_foreign()
-        if num_foreign:
-            logger.warning(
-                "%s holds %d documents whose states were made by another model or tokenizer; "
-                "they cannot be used by %s",
-                self.store.path,
-                num_foreign,
-                self.adapter.spec.name,
+def _chosen(
+    adapter: ModelAdapter,
+    representation: str | Sequence[str] | StateLayout,
+    storage_dtype: str | None,
+    profile: HardwareProfile | None,
+    objective: Objective,
+) -> LayoutChoice:
+    """What states that are stored from now on keep."""
+    spec = adapter.spec
+    if isinstance(representation, StateLayout):
+        if len(representation.layers) != spec.num_layers:
+            raise ValueError(
+                f"a layout of {len(representation.layers)} layers for a model of {spec.num_layers}"
             )
+        choice = LayoutChoice(representation, "given by the caller")
+    elif representation != "auto" or not adapter.is_known:
+        asked = representation if representation != "auto" else "kv"
+        choice = fixed_layout(spec, asked, storage_dtype)
+    else:
+        hidden, kv = storage_dtypes(spec, storage_dtype)
+        return choose_layout(spec, profile, objective, hidden_dtype=hidden, kv_dtype=kv)
+    formats = {fmt.representation for fmt, _ in choice.layout.runs}
+    if Representation.HIDDEN in formats and not adapter.is_known:
+        raise ValueError(
+            f"nothing is known about models of family {spec.family!r}, so that no K and V can be "
+            "made of their hidden states: keep K and V"
+        )
+    return choice
+
+
+def _unseen(adapter: ModelAdapter, composition: Composition) -> tuple[Rows, ...]:
+    """Restored rows of every layer that no fresh token has in its window."""
+    windows = adapter.windows
+    rows = {w: composition.unseen_rows(w) for w in set(windows) if w is not None}
+    if not any(rows.values()):
+        return ()
+    return tuple(() if window is None else rows[window] for window in windows)

@@ -15,6 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hcache_rag.forks import ForkedLock
+from hcache_rag.identity import tokenizer_fingerprint
 from hcache_rag.state import TokenIds, common_prefix, token_array
 from hcache_rag.texts import Match
 
@@ -64,6 +65,11 @@ class Tokenizer:
         self._bos = with_special[: len(with_special) - len(first)]
         if self._bos + self._encode("a")[0] != with_special:
             self._bos = []
+
+    @property
+    def fingerprint(self) -> str:
+        """See `hcache_rag.identity.tokenizer_fingerprint`."""
+        return tokenizer_fingerprint(self._tokenizer)
 
     @property
     def is_literal(self) -> bool:

@@ -295,7 +295,7 @@ def _exchanging(at: list[int], rows: Tensor) -> Callable[[Any, Any, Tensor], Ten
 
 def restore(engine: HCacheEngine, prompt: str) -> tuple[Composition, Reading]:
     """Our path: what the library's cache holds after the first forward pass over a prompt."""
-    composition = engine._compose(engine._resolve(prompt, None).pieces)
+    composition = engine.bound.compose(engine.bound.resolve(prompt).pieces)
     ids = torch.tensor([composition.token_ids.tolist()])
     model: Any = engine.adapter.model
     with (

@@ -69,8 +69,8 @@ def engine_of(
 @contextmanager
 def restoring(engine: HCacheEngine, cuts: Sequence[Cut] | None, piece_tokens: int = 100) -> Any:
     """The engine's cache for the prompt, under a plan of ours."""
-    composition = engine._compose(engine._resolve(PROMPT, None).pieces)
-    sizes = span_sizes(composition, engine._prefixes)
+    composition = engine.bound.compose(engine.bound.resolve(PROMPT).pieces)
+    sizes = span_sizes(composition, engine.bound.prefixes)
     plan = plan_restore(engine.adapter.spec, sizes, None)
     if cuts is not None:
         plan = RestorePlan(tuple(cuts), piece_tokens)
@@ -83,7 +83,7 @@ def restoring(engine: HCacheEngine, cuts: Sequence[Cut] | None, piece_tokens: in
             buffers,
             engine.store,
             work=work,
-            prefixes=engine._prefixes,
+            prefixes=engine.bound.prefixes,
             reference_mode=engine.reference_mode,
         ) as (cache, execution),
     ):
@@ -113,7 +113,7 @@ def assert_near(ours: Reading, theirs: Reading) -> None:
 
 def spans(engine: HCacheEngine) -> list[int]:
     """Tokens of the prompt's restored spans, the preamble first."""
-    composition = engine._compose(engine._resolve(PROMPT, None).pieces)
+    composition = engine.bound.compose(engine.bound.resolve(PROMPT).pieces)
     return [span.num_tokens for span in composition.spans]
 
 
@@ -402,7 +402,7 @@ def test_cancelling_reaches_a_pass_of_ones_own(store: StateStore) -> None:
     """`Cancelled` comes out of the forward pass."""
     shape = SHAPES[0]
     engine = engine_of(shape, store, layout_of(shape, LayerFormat(KV, "float32")))
-    composition = engine._compose(engine._resolve(PROMPT, None).pieces)
+    composition = engine.bound.compose(engine.bound.resolve(PROMPT).pieces)
     with (
         engine._buffers.borrow(len(composition.token_ids)) as buffers,
         open_restoring(

@@ -176,7 +176,7 @@ def test_everything_repaired_is_full_prefill(tiny: Tiny) -> None:
     logits = read(model, ids_of(BOTH))
     for layout in ("hidden", "kv"):
         engine = engine_of(tiny, torch.float32, layout, fidelity=1.0)
-        composition = engine._compose(engine._resolve(BOTH, None).pieces)
+        composition = engine.bound.compose(engine.bound.resolve(BOTH).pieces)
         ids = torch.tensor([composition.token_ids.tolist()])
         with (
             torch.no_grad(),
@@ -196,7 +196,7 @@ def test_everything_repaired_is_full_prefill(tiny: Tiny) -> None:
 def test_scores_are_the_last_row_of_attention(tiny: Tiny) -> None:
     """Eager attention's own weights over the same cache / Q times K, and all else that counts."""
     engine = engine_of(tiny, torch.float32, "kv", attention="eager")
-    composition = engine._compose(engine._resolve(BOTH, None).pieces)
+    composition = engine.bound.compose(engine.bound.resolve(BOTH).pieces)
     ids = torch.tensor([composition.token_ids.tolist()])
     call: Any = engine.adapter.model
     with torch.no_grad(), engine._buffers.borrow(ids.shape[1] + 1) as buffers:

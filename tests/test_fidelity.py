@@ -30,7 +30,7 @@ from tiny import SHAPES, byte_tokenizer, tiny_model
 from torch import Tensor
 
 from hcache_rag import HCacheEngine, HCacheError, SourceError, StateStore, StoreError
-from hcache_rag.engine import Fidelity
+from hcache_rag.bound import Fidelity
 from hcache_rag.fidelity import (
     POSITIONS,
     Case,

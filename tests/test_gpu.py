@@ -95,7 +95,7 @@ def test_nothing_synchronises_while_pieces_are_submitted(
 
     with engine_of(tmp_path, SHAPES[0], fmt, "cuda", 0.0) as engine:
         engine.generate(PROMPT, options=OPTIONS)
-        composition = engine._compose(engine._resolve(PROMPT, None).pieces)
+        composition = engine.bound.compose(engine.bound.resolve(PROMPT).pieces)
         monkeypatch.setattr(CudaDevice, "launch", watched)
         with (
             engine._buffers.borrow(len(composition.token_ids)) as buffers,

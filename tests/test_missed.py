@@ -90,7 +90,7 @@ def test_nothing_is_stored_where_it_should_not_be(tmp_path: Path, case: str) -> 
     ):
         if "nobody" in case:
             engine._announced = TextSet()
-            engine._bind()
+            engine.bound = engine._bind(engine.adapter)
         assert ask(engine).documents_queued == 0
         engine.flush()
         assert stored(engine) == set()

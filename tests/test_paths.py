@@ -496,7 +496,7 @@ def test_a_state_that_another_one_has_replaced_is_not_read(store: StateStore) ->
     engine = engine_on(store)
     answers = talk(engine, 1)
     prompt = f"user: {SAID[0]}<|im_end|>assistant: {answers[0].text}<|im_end|>user: x"
-    resolved = engine._resolve(prompt, None)
+    resolved = engine.bound.resolve(prompt)
     assert resolved.pieces[0].is_path
     with store.beside(PATHS) as paths:
         (record,) = paths.records()
@@ -507,7 +507,7 @@ def test_a_state_that_another_one_has_replaced_is_not_read(store: StateStore) ->
             ]
         paths.delete(record.key)  # an approximate one takes no exact one's place
         paths.put(replace(record, is_approximate=True), values)
-    shelf = engine._shelf(resolved.pieces)
+    shelf = engine.bound.shelf(resolved.pieces)
     with pytest.raises(MissingStateError, match="taken its place"), shelf.reading():
         pass
     assert engine.generate(prompt, options=GREEDY).text
@@ -526,8 +526,8 @@ def busy(store: StateStore) -> Iterator[tuple[Keeper, threading.Event]]:
         def keep(self, snapshot: Snapshot) -> None:
             assert allowed.wait(PATIENCE_S)
 
-    paths = Waiting(engine.adapter, store, engine._tokens, engine.root)
-    keeper = Keeper(engine.adapter, paths, engine._tokens, engine.root)
+    paths = Waiting(engine.adapter, store, engine.bound.tokens, engine.root)
+    keeper = Keeper(engine.adapter, paths, engine.bound.tokens, engine.root)
     yield keeper, allowed
     allowed.set()
     keeper.close()
@@ -613,7 +613,7 @@ def test_a_fork_keeps_what_is_said_in_it(tmp_path: Path) -> None:
 
 def test_only_rows_that_can_be_found_by_their_text_are_read(store: StateStore) -> None:
     engine = engine_on(store)
-    keeper = Keeper(engine.adapter, engine.paths, engine._tokens, engine.root)
+    keeper = Keeper(engine.adapter, engine.paths, engine.bound.tokens, engine.root)
     ids = token_array(encode(TOKENIZER, "x" * 40, is_document=False))
     for text in ("y" * 40, "x" * 40):
         piece = ResolvedPiece(ids, "x" * 40, None)

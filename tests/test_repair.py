@@ -259,7 +259,7 @@ def test_scores_are_the_last_row_of_attention(
     """Reference path: eager attention's own weights over the same cache. Our path: Q times K."""
     model = tiny_model(shape, attention="eager")
     with engine(model, tokenizer, tmp_path) as one:
-        composition = one._compose(one._resolve(PROMPT, None).pieces)
+        composition = one.bound.compose(one.bound.resolve(PROMPT).pieces)
         with one._buffers.borrow(len(composition.token_ids) + 1) as buffers:
             with (
                 torch.no_grad(),

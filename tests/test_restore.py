@@ -1137,14 +1137,14 @@ def test_a_state_deleted_between_finding_and_reading_it(
     """Transformers' `generate` with no cache / the engine's in a race: the same answer."""
     engine = engine_of(model_of(FAR), store)
     engine.precompute([A])
-    key, composing = record_of(store, A).key, engine._compose
+    key, composing = record_of(store, A).key, engine.bound.compose
 
     def compose_and_delete(pieces: Any) -> Any:
         composition = composing(pieces)
         store.delete(key)
         return composition
 
-    monkeypatch.setattr(engine, "_compose", compose_and_delete)
+    monkeypatch.setattr(engine.bound, "compose", compose_and_delete)
     prompt = PREAMBLE + A + QUESTION
     answer = engine.generate(prompt, options=options())
     assert answer.token_ids == transformers_answer(FAR, prompt, 24)
@@ -1526,7 +1526,7 @@ def test_a_request_may_end_while_another_begins(talker: HCacheEngine) -> None:
     """
     model: Any = talker.adapter.model
     _, alone = restore(talker, PROMPT)
-    composition = talker._compose(talker._resolve(PROMPT, None).pieces)
+    composition = talker.bound.compose(talker.bound.resolve(PROMPT).pieces)
     ids = torch.tensor([composition.token_ids.tolist()])
     other = ExitStack()
 
@@ -1596,7 +1596,7 @@ def test_scores_for_repair_are_not_disturbed_by_another_threads_forward_pass(
     model = tiny_model(FAR)
     engine = engine_of(model, store)
     engine.precompute([A, B, C])
-    composition = engine._compose(engine._resolve(joined(SEVERAL), None).pieces)
+    composition = engine.bound.compose(engine.bound.resolve(joined(SEVERAL)).pieces)
 
     def scores() -> list[float]:
         with (

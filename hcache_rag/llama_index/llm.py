@@ -29,7 +29,8 @@ from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.prompts.default_prompt_selectors import DEFAULT_TEXT_QA_PROMPT_SEL
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hcache_rag.engine import Fidelity, HCacheEngine
+from hcache_rag.bound import Fidelity
+from hcache_rag.engine import HCacheEngine
 from hcache_rag.generation import GenerationOptions
 from hcache_rag.layout import StateLayout
 from hcache_rag.llama_index.awaiting import AsyncGenerationStream

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hcache_rag.bound import Fidelity
 from hcache_rag.bundled import MODEL_NAME, default_model_path
-from hcache_rag.engine import Fidelity, HCacheEngine
+from hcache_rag.engine import HCacheEngine
 from hcache_rag.layout import StateLayout
 from hcache_rag.line import Line
 from hcache_rag.models import ModelAdapter, load_model
