@@ -23,7 +23,7 @@ from hcache_rag.openmp import lent_threads
 from hcache_rag.paths import MIN_TOKENS, Paths, Snapshot, Step, said
 from hcache_rag.prompt import Tokenizer
 from hcache_rag.resolved import Resolved
-from hcache_rag.state import StateKey, TokenIds, child_key, token_array
+from hcache_rag.state import StateKey, StateRecord, TokenIds, child_key, token_array
 
 logger = logging.getLogger("hcache_rag")
 
@@ -76,13 +76,14 @@ class Keeper:
         wait(its, WAIT_S)
         return self._paths.walk(prompt, add_bos=add_bos)
 
-    def keep(self, snapshot: Snapshot, prompt: str) -> bool:
+    def keep(self, snapshot: Snapshot, prompt: str, path: Sequence[StateRecord] = ()) -> bool:
         """Keep what was read and said; False where too much is waiting.
 
         Args:
             prompt: what a prompt that goes on from there begins with.
+            path: the states that it was read after.
         """
-        return self._later(lambda: self._paths.keep(snapshot), prompt)
+        return self._later(lambda: self._paths.keep(snapshot, path), prompt)
 
     def remember(
         self, resolved: Resolved, cache: RestoringCache, answer: str, answer_ids: Sequence[int]
@@ -97,7 +98,8 @@ class Keeper:
         """
         if self._adapter.is_changed:
             return False
-        parent, first, chars = resolved.path_end(self._root)
+        path = resolved.path()
+        first, chars = sum(step.num_tokens for step in path), sum(step.num_chars for step in path)
         its_ids, spans = cache.composition.token_ids, cache.composition.spans
         fed = answer_ids[: cache.num_filled - len(its_ids)]
         count, spoken = said(self._tokenizer, answer, fed)
@@ -105,18 +107,18 @@ class Keeper:
         if not count or len(token_ids) < MIN_TOKENS:
             return False
         text = resolved.prompt[chars:] + spoken
-        if parent == self._root:
+        if not path:
             text = self._tokenizer.first(resolved.prompt, add_bos=resolved.add_bos) + text
         dtype = self._adapter.spec.dtype
         snapshot = Snapshot(
-            parent,
+            path[-1].record.key if path else self._root,
             token_ids,
             text,
             first,
             *cache.copied(first, len(token_ids)),
             is_approximate=not all(span.is_in_full(dtype) for span in spans),
         )
-        return self.keep(snapshot, resolved.prompt)
+        return self.keep(snapshot, resolved.prompt, [step.record for step in path])
 
     def count(self, resolved: Resolved, num_exact: int) -> bool:
         """Documents were asked for in a row; whether they will be kept as a path, being common.

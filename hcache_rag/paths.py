@@ -14,12 +14,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hcache_kernels import reference
 from hcache_rag.errors import HCacheError, MissingStateError, StoreError
 from hcache_rag.forks import ForkedLock
+from hcache_rag.joining import in_front, last_ones
 from hcache_rag.layout import LayerFormat, Representation, StateLayout
 from hcache_rag.models import CapturedLayer, ModelAdapter
 from hcache_rag.profile import ModelCosts
@@ -178,24 +180,27 @@ class Paths:
                 return Step(record, tokens, len(its))
         return None
 
-    def keep(self, snapshot: Snapshot) -> StateRecord | None:
-        """Store what was read; None, and a line in the log, where that does not go."""
-        key = child_key(snapshot.parent, snapshot.token_ids)
+    def keep(self, snapshot: Snapshot, path: Sequence[StateRecord] = ()) -> StateRecord | None:
+        """Store what was read; None, and a line in the log, where that does not go.
+
+        Args:
+            path: the states that it was read after; where they are many, the last ones are stored
+                with it as one.
+        """
         its = self.store
-        there = its.record(key) if its is not None else None
+        joined = last_ones(path, len(snapshot.token_ids), is_approximate=snapshot.is_approximate)
+        record = self._record(snapshot, joined)
+        there = its.record(record.key) if its is not None else None
         if there is not None and (snapshot.is_approximate or not there.is_approximate):
             return there
-        record = StateRecord(
-            key,
-            snapshot.parent,
-            self._root,
-            snapshot.token_ids,
-            _name(snapshot.parent, snapshot.text),
-            self.layout,
-            time.time(),
-            is_approximate=snapshot.is_approximate,
-        )
         captured = captured_layers(self._adapter, snapshot)
+        if joined and its is not None:
+            try:
+                with its.reading([r.key for r in joined]) as reader:
+                    captured = in_front(reader, joined, captured, self._adapter.spec)
+            except HCacheError as error:
+                logger.info("a conversation's states are not joined: %s", error)
+                record = self._record(snapshot)
         values = list(state_values(self._adapter, record, captured, 0))
         layers = self._adapter.spec.num_layers
         saved_s = self._costs.read_s(record.num_tokens, layers) if self._costs else None
@@ -206,6 +211,22 @@ class Paths:
             self._forget_deleted()
             return None
         return record
+
+    def _record(self, snapshot: Snapshot, joined: Sequence[StateRecord] = ()) -> StateRecord:
+        """Of a snapshot, with the states right before it."""
+        parent = joined[0].parent if joined else snapshot.parent
+        token_ids = np.concatenate([*(r.token_ids for r in joined), snapshot.token_ids])
+        text = "".join(r.text[len(_name(r.parent, "")) :] for r in joined) + snapshot.text
+        return StateRecord(
+            child_key(parent, token_ids),
+            parent,
+            self._root,
+            token_ids,
+            _name(parent, text),
+            self.layout,
+            time.time(),
+            is_approximate=snapshot.is_approximate,
+        )
 
     def drop(self, record: StateRecord) -> None:
         """Delete a state that cannot be used."""

@@ -60,17 +60,14 @@ class Resolved:
             return None
         return np.concatenate([piece.token_ids for piece in self.pieces[: last + 1]])
 
-    def path_end(self, root: StateKey) -> tuple[StateKey, int, int]:
-        """The last state of its path that it has all tokens of, or `root`; tokens and characters up
-        to there.
-        """
-        key, tokens, chars = root, 0, 0
+    def path(self) -> list[Step]:
+        """The states of its path that are used, and that it has all tokens of."""
+        used = []
         for step, piece in zip(self.walked, self.pieces, strict=False):
             if piece.record is not step.record or len(piece.token_ids) < step.record.num_tokens:
                 break
-            key, tokens = step.record.key, tokens + step.num_tokens
-            chars += step.num_chars
-        return key, tokens, chars
+            used.append(step)
+        return used
 
 
 def exact_ones(pieces: Sequence[ResolvedPiece], root: StateKey) -> list[ResolvedPiece]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import shutil
 import sys
@@ -100,3 +101,23 @@ def test_web(passages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             pieces = list(it.iter_text())
         assert len(pieces) > 3
         assert "Halley" in "".join(pieces)
+
+
+def test_the_notebook_runs_and_draws(monkeypatch: pytest.MonkeyPatch, smollm2: object) -> None:
+    """Its cells, one after another, with fewer passages and turns."""
+    plots = pytest.importorskip("matplotlib.pyplot", reason="no extra plot")
+    plots.switch_backend("agg")
+    drawn: list[object] = []
+    monkeypatch.setattr(plots, "show", lambda: drawn.extend(plots.get_fignums()))
+    monkeypatch.setenv("HCACHE_RAG_QUICK", "1")
+    monkeypatch.chdir(EXAMPLES)
+    its: dict[str, Any] = {}
+    for cell in json.loads((EXAMPLES / "gain.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), its)
+    assert len(drawn) == 3  # the first figure is there when the second is shown
+    assert all(value > 0 for values in its["seconds"].values() for value in values)
+    assert {len(values) for values in its["waited"].values()} == {2}
+    its["llm"].close()
+    its["without"].close()
+    plots.close("all")

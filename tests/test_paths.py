@@ -523,7 +523,7 @@ def busy(store: StateStore) -> Iterator[tuple[Keeper, threading.Event]]:
     allowed = threading.Event()
 
     class Waiting(Paths):
-        def keep(self, snapshot: Snapshot) -> None:
+        def keep(self, snapshot: Snapshot, path: Any = ()) -> None:
             assert allowed.wait(PATIENCE_S)
 
     paths = Waiting(engine.adapter, store, engine.bound.tokens, engine.root)
