@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import threads
 import torch
 from commands import Outcome, Run
 from fakes import PRINTABLE, WordEmbedding
@@ -38,6 +39,12 @@ def _uninitialised_memory_is_nan() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _own_threads_begin_here() -> None:
+    """What another test left alive is none of this one's."""
+    threads.begin()
 
 
 @pytest.fixture

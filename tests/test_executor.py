@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import Reading, encode, prefill
+from threads import own_threads
 from tiny import SHAPES, Shape, byte_tokenizer, tiny_model
 from torch import Tensor
 
@@ -317,10 +318,6 @@ def test_exact_fidelity_keeps_and_uses_every_bit(tmp_path: Path) -> None:
 
 
 # --- lanes, errors, cancelling ----------------------------------------------------------------
-
-
-def own_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("hcache-")]
 
 
 def test_the_timeline_is_the_schedule(store: StateStore) -> None:

@@ -10,6 +10,7 @@ from queue import SimpleQueue
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threads import own_threads
 
 from hcache_rag.lanes import (
     CallerLane,
@@ -139,7 +140,7 @@ class Waiter:
 def _no_thread_is_left() -> Iterator[None]:
     """Whatever a test does to a lane, it leaves no thread."""
     yield
-    assert LANE_THREAD not in [thread.name for thread in threading.enumerate()]
+    assert own_threads(LANE_THREAD) == []
 
 
 # --- a lane with a thread of its own ------------------------------------------------------------

@@ -40,6 +40,7 @@ from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.llms.huggingface import HuggingFaceLLM
 from llama_index_instrumentation import get_dispatcher
+from threads import own_threads
 from tiny import SHAPES, byte_tokenizer, tiny_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -204,13 +205,14 @@ class Counter:
             raise RuntimeError("the third pass is broken")
 
 
-def generating_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == THREAD]
+def generating_threads() -> list[str]:
+    return own_threads(THREAD)
 
 
 def join_generating_threads() -> None:
-    for thread in generating_threads():
-        thread.join()
+    for thread in threading.enumerate():
+        if thread.name == THREAD:
+            thread.join()
 
 
 def engine_of(llm: LLM, **options: Any) -> RetrieverQueryEngine:

@@ -40,6 +40,7 @@ from oracle import (
     restore,
     rotate,
 )
+from threads import own_threads
 from tiny import SHAPES, VOCABULARY, Shape, byte_tokenizer, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -165,11 +166,6 @@ def assert_close(ours: Reading, theirs: Reading) -> None:
 def num_hooks(model: PreTrainedModel) -> int:
     """Hooks on any module of a model."""
     return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
-
-
-def own_threads() -> list[str]:
-    """The library's threads that are alive."""
-    return [t.name for t in threading.enumerate() if t.name.startswith("hcache-")]
 
 
 @contextmanager
