@@ -80,7 +80,8 @@ from llama_index.core.schema import (
 )
 from llama_index.core.tools import QueryEngineTool, ToolMetadata
 
-from hcache_rag import HCacheEngine, StateStore
+from hcache_rag import StateStore
+from hcache_rag.answering import Answering
 from hcache_rag.bundled import default_model_path
 from hcache_rag.llama_index import HCacheLLM, HCacheRetriever, default_embedding
 from hcache_rag.llama_index.text import llm_texts
@@ -119,19 +120,19 @@ class Record:
 @contextmanager
 def recording() -> Iterator[Record]:
     """Everything that engines read inside the block."""
-    record, run = Record(), HCacheEngine._run
+    record, run = Record(), Answering._answer
 
-    def recorded(self: HCacheEngine, composition: Any, request: Any) -> Any:
+    def recorded(self: Answering, composition: Any, request: Any) -> Any:
         answer = run(self, composition, request)
         tokens = [str(self.tokenizer.decode([t])) for t in composition.token_ids.tolist()]
         record.log.append(("".join(tokens), (tokens, composition.restored_positions)))
         return answer
 
-    HCacheEngine._run = recorded  # type: ignore[method-assign]
+    Answering._answer = recorded  # type: ignore[method-assign]
     try:
         yield record
     finally:
-        HCacheEngine._run = run  # type: ignore[method-assign]
+        Answering._answer = run  # type: ignore[method-assign]
 
 
 def count(record: Record, texts: Sequence[str]) -> Record:

@@ -77,6 +77,44 @@ class LayoutChoice:
     makespan_s: float = 0.0
 
 
+def layout_asked_for(
+    spec: ModelSpec,
+    representation: str | Sequence[str] | StateLayout,
+    storage_dtype: str | None,
+    profile: HardwareProfile | None,
+    objective: Objective,
+    *,
+    is_known: bool = True,
+) -> LayoutChoice:
+    """What states of a model keep, as `HCacheEngine` is asked.
+
+    Args:
+        representation, storage_dtype: see `HCacheEngine`.
+        is_known: whether K and V can be made of its hidden states.
+
+    Raises:
+        ValueError: a layout for another model, or one that needs what is not known.
+    """
+    if isinstance(representation, StateLayout):
+        if len(representation.layers) != spec.num_layers:
+            raise ValueError(
+                f"a layout of {len(representation.layers)} layers for a model of {spec.num_layers}"
+            )
+        choice = LayoutChoice(representation, "given by the caller")
+    elif representation != "auto" or not is_known:
+        asked = representation if representation != "auto" else "kv"
+        choice = fixed_layout(spec, asked, storage_dtype)
+    else:
+        hidden, kv = storage_dtypes(spec, storage_dtype)
+        return choose_layout(spec, profile, objective, hidden_dtype=hidden, kv_dtype=kv)
+    if HIDDEN in {fmt.representation for fmt, _ in choice.layout.runs} and not is_known:
+        raise ValueError(
+            f"nothing is known about models of family {spec.family!r}, so that no K and V can be "
+            "made of their hidden states: keep K and V"
+        )
+    return choice
+
+
 def fixed_layout(
     spec: ModelSpec, representation: str | Sequence[str], dtype: str | None = None
 ) -> LayoutChoice:

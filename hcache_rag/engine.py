@@ -8,35 +8,26 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hcache_rag.account import Served, provenance_of
+from hcache_rag.answering import Answering, Request
 from hcache_rag.bound import Bound, Fidelity, Settings
 from hcache_rag.buffers import BufferPool
 from hcache_rag.cache import RestoringCache
 from hcache_rag.choice import (
     LEAST_TIME,
-    LayoutChoice,
     Objective,
-    choose_layout,
-    fixed_layout,
-    storage_dtypes,
+    layout_asked_for,
 )
 from hcache_rag.compose import Composition
 from hcache_rag.device import DEVICES
-from hcache_rag.errors import (
-    PromptTooLongError,
-    StateError,
-    UnsupportedModelError,
-)
-from hcache_rag.executor import open_restoring, span_sizes
-from hcache_rag.generation import GenerationOptions, decode
+from hcache_rag.errors import UnsupportedModelError
+from hcache_rag.generation import GenerationOptions
 from hcache_rag.indexing import Indexer, PrecomputeReport
-from hcache_rag.lanes import Cancelled
-from hcache_rag.layout import Representation, StateLayout
+from hcache_rag.layout import StateLayout
 from hcache_rag.measure import find_profile
 from hcache_rag.missed import MissedReader
 from hcache_rag.models import ModelAdapter
@@ -47,9 +38,8 @@ from hcache_rag.prefetch import Prefetcher
 from hcache_rag.profile import HardwareProfile
 from hcache_rag.prompt import Tokenization, Tokenizer
 from hcache_rag.provenance import Generation, Provenance
-from hcache_rag.repair import begin_repair, recommended, repair_share
-from hcache_rag.resolved import Resolved, ResolvedPiece
-from hcache_rag.schedule import Rows
+from hcache_rag.repair import recommended, repair_share
+from hcache_rag.resolved import ResolvedPiece
 from hcache_rag.sequences import BATCH_TOKENS
 from hcache_rag.state import StateKey, StateRecord, TokenIds
 from hcache_rag.store import StateStore
@@ -58,21 +48,6 @@ from hcache_rag.streaming import GenerationStream
 from hcache_rag.texts import TextSet
 
 logger = logging.getLogger("hcache_rag")
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """A prompt to answer, and what becomes known of it on the way."""
-
-    bound: Bound
-    resolved: Resolved
-    options: GenerationOptions
-    on_text: Callable[[str], None] | None
-    cancelled: threading.Event
-    started: float
-    seconds: dict[str, float]
-    warnings: list[str]
-    remember: bool
 
 
 class HCacheEngine:
@@ -166,13 +141,19 @@ class HCacheEngine:
         is_asked_for = representation != "auto" or storage_dtype is not None
         if storage_dtype is None and fidelity == "exact":
             storage_dtype = adapter.spec.dtype
-        self.choice = _chosen(adapter, representation, storage_dtype, profile, objective)
+        self.choice = layout_asked_for(
+            adapter.spec,
+            representation,
+            storage_dtype,
+            profile,
+            objective,
+            is_known=adapter.is_known,
+        )
         if context_at_index == "documents" and self.choice.layout.num_none:
             raise ValueError(
                 "layers that keep nothing are computed again after what a document was read "
                 'after: that is not kept with context_at_index="documents"'
             )
-        self.reference_mode = reference_mode
         self._settings = Settings(
             preamble=preamble,
             add_bos=add_bos,
@@ -187,7 +168,13 @@ class HCacheEngine:
         self._owns_store = not isinstance(store, StateStore)
         self.store = store if isinstance(store, StateStore) else StateStore.open(store)
         self.planner = Planner(adapter.spec, profile)
-        self._buffers = BufferPool(adapter)
+        self.answering = Answering(
+            tokenizer,
+            self.planner,
+            BufferPool(adapter),
+            reference_mode=reference_mode,
+            read_later=self._read_later,
+        )
         self._announced = TextSet()
         self._stores_missed = store_missed and not self.store.read_only
         self._missed = MissedReader(self._read_missed, lambda: self.adapter.layers)
@@ -340,8 +327,7 @@ class HCacheEngine:
         bound = self._current()
         pieces = bound.resolve(prompt, add_bos).pieces
         composition = bound.compose(pieces)
-        sizes = span_sizes(composition, bound.prefixes)
-        plan, _ = self.planner.plan(sizes, len(composition.fresh_positions))
+        plan, _ = self.answering.plan(bound, composition)
         return provenance_of(composition, pieces, {}, None, [], fidelity=bound.fidelity, plan=plan)
 
     @lent_threads()
@@ -373,28 +359,23 @@ class HCacheEngine:
             ValueError: an empty prompt.
         """
         started = time.perf_counter()
-        options = options or GenerationOptions()
-        cancelled = cancelled or threading.Event()
         bound = self._current()
         resolved = bound.resolve(prompt, add_bos)
-        seconds = {"match": time.perf_counter() - started}
-        request = _Request(
-            bound, resolved, options, on_text, cancelled, started, seconds, [], remember
+        request = Request(
+            bound,
+            resolved,
+            options or GenerationOptions(),
+            started,
+            {"match": time.perf_counter() - started},
+            remember,
+            on_text,
+            cancelled or threading.Event(),
         )
         with self._missed.paused():
-            return self._answer(request)
-
-    def _answer(self, request: _Request) -> Generation:
-        """Answer a request; a state that cannot be used is dropped, and all is begun anew."""
-        bound, resolved = request.bound, request.resolved
-        while True:
-            composing = time.perf_counter()
-            composition = bound.compose(resolved.pieces)
-            request.seconds["compose"] = time.perf_counter() - composing
-            try:
-                return self._run(composition, request)
-            except StateError as error:
-                resolved.pieces = bound.without(resolved.pieces, error, request.warnings)
+            answer = self.answering.answer(request)
+        with self._serving:
+            self.served = self.served.plus(answer.provenance)
+        return answer
 
     def stream(
         self,
@@ -434,20 +415,13 @@ class HCacheEngine:
         bound = self._current()
         pieces = bound.resolve(prompt).pieces
         composition = bound.compose(pieces)
-        sizes = span_sizes(composition, bound.prefixes)
-        _, work = self.planner.plan(sizes, len(composition.fresh_positions))
+        _, work = self.answering.plan(bound, composition)
         with (
             self._missed.paused(),
-            self._buffers.borrow(len(composition.token_ids) + room_tokens) as buffers,
-            open_restoring(
-                bound.adapter,
-                composition,
-                buffers,
-                bound.shelf(pieces),
-                work=work,
-                prefixes=bound.prefixes,
-                reference_mode=self.reference_mode,
-            ) as (cache, execution),
+            self.answering.restoring(bound, composition, pieces, work, room_tokens) as (
+                cache,
+                execution,
+            ),
         ):
             execution.recompute()
             yield composition, cache
@@ -478,125 +452,8 @@ class HCacheEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(self, composition: Composition, request: _Request) -> Generation:
-        bound, options, cancelled = request.bound, request.options, request.cancelled
-        pieces, seconds, adapter = request.resolved.pieces, request.seconds, bound.adapter
-        num_tokens, window = len(composition.token_ids), adapter.spec.window_tokens
-        if not num_tokens:
-            raise ValueError("the prompt is empty")
-        if num_tokens >= window:
-            raise PromptTooLongError(num_tokens, options.max_new_tokens, window)
-        max_new_tokens = min(options.max_new_tokens, window - num_tokens)
-
-        def emit(text: str) -> None:
-            if "first_token" not in seconds:
-                seconds["first_token"] = time.perf_counter() - request.started
-            if text and request.on_text:
-                request.on_text(text)
-
-        sizes = span_sizes(composition, bound.prefixes)
-        is_relocated = composition.num_restored > composition.num_exact
-        will_repair = bool(bound.repair_share) and is_relocated
-        will_remember = request.remember and bound.paths.is_on
-        # What is read again looks at everything, and what is remembered is kept as a whole.
-        unseen = () if will_repair or will_remember else _unseen(adapter, composition)
-        plan, work = self.planner.plan(sizes, len(composition.fresh_positions), unseen)
-        repaired = 0
-        with (
-            self._buffers.borrow(num_tokens + max_new_tokens) as buffers,
-            open_restoring(
-                bound.adapter,
-                composition,
-                buffers,
-                bound.shelf(pieces),
-                work=work,
-                prefixes=bound.prefixes,
-                reference_mode=self.reference_mode,
-                is_cancelled=cancelled.is_set,
-            ) as (cache, execution),
-        ):
-            try:
-                execution.recompute()
-                if will_repair:
-                    repaired = begin_repair(adapter, cache, bound.repair_share)
-                text, token_ids, reason = decode(
-                    adapter.model,
-                    self.tokenizer,
-                    composition.token_ids,
-                    cache,
-                    options,
-                    max_new_tokens,
-                    emit,
-                    cancelled,
-                )
-                if will_remember and reason != "cancelled":
-                    bound.keeper.remember(request.resolved, cache, text, token_ids)
-            except Cancelled:
-                text, token_ids, reason = "", (), "cancelled"
-        timeline = execution.timeline
-        if reason != "cancelled":
-            on_host = adapter.device.type == "cpu"
-            self.planner.observe(timeline, plan, sees_computing=on_host)
-        provenance = provenance_of(
-            composition,
-            pieces,
-            seconds,
-            timeline,
-            request.warnings,
-            repaired=repaired,
-            fidelity=bound.fidelity,
-            plan=plan,
-            queued=self._read_later(pieces),
-        )
-        with self._serving:
-            self.served = self.served.plus(provenance)
-        bound.count_use(pieces)
-        if bound.paths.is_on and (is_relocated or bound.fidelity == "exact"):
-            bound.keeper.count(request.resolved, composition.num_exact)
-        bound.warn_of(pieces)
-        return Generation(text, token_ids, reason, provenance, timeline)
-
     def _read_later(self, pieces: Sequence[ResolvedPiece]) -> int:
         """Have missed documents read afterwards; how many will be."""
         if not self._stores_missed:
             return 0
         return self._missed.add(p.document for p in pieces if p.document and p.record is None)
-
-
-def _chosen(
-    adapter: ModelAdapter,
-    representation: str | Sequence[str] | StateLayout,
-    storage_dtype: str | None,
-    profile: HardwareProfile | None,
-    objective: Objective,
-) -> LayoutChoice:
-    """What states that are stored from now on keep."""
-    spec = adapter.spec
-    if isinstance(representation, StateLayout):
-        if len(representation.layers) != spec.num_layers:
-            raise ValueError(
-                f"a layout of {len(representation.layers)} layers for a model of {spec.num_layers}"
-            )
-        choice = LayoutChoice(representation, "given by the caller")
-    elif representation != "auto" or not adapter.is_known:
-        asked = representation if representation != "auto" else "kv"
-        choice = fixed_layout(spec, asked, storage_dtype)
-    else:
-        hidden, kv = storage_dtypes(spec, storage_dtype)
-        return choose_layout(spec, profile, objective, hidden_dtype=hidden, kv_dtype=kv)
-    formats = {fmt.representation for fmt, _ in choice.layout.runs}
-    if Representation.HIDDEN in formats and not adapter.is_known:
-        raise ValueError(
-            f"nothing is known about models of family {spec.family!r}, so that no K and V can be "
-            "made of their hidden states: keep K and V"
-        )
-    return choice
-
-
-def _unseen(adapter: ModelAdapter, composition: Composition) -> tuple[Rows, ...]:
-    """Restored rows of every layer that no fresh token has in its window."""
-    windows = adapter.windows
-    rows = {w: composition.unseen_rows(w) for w in set(windows) if w is not None}
-    if not any(rows.values()):
-        return ()
-    return tuple(() if window is None else rows[window] for window in windows)

@@ -300,13 +300,13 @@ def restore(engine: HCacheEngine, prompt: str) -> tuple[Composition, Reading]:
     model: Any = engine.adapter.model
     with (
         torch.no_grad(),
-        engine._buffers.borrow(ids.shape[1]) as buffers,
+        engine.answering.buffers.borrow(ids.shape[1]) as buffers,
         open_restoring(
             engine.adapter,
             composition,
             buffers,
             engine.store,
-            reference_mode=engine.reference_mode,
+            reference_mode=engine.answering.reference_mode,
         ) as (cache, _),
     ):
         logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]

@@ -71,7 +71,7 @@ def layout_of(*formats: LayerFormat, chunk_tokens: int = 16) -> StateLayout:
 
 def use_device(engine: HCacheEngine, device: Any) -> None:
     """Restore on a device that is not the model's own."""
-    engine._buffers = BufferPool(engine.adapter, device)
+    engine.answering.buffers = BufferPool(engine.adapter, device)
 
 
 class Declared:

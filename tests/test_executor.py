@@ -77,7 +77,7 @@ def restoring(engine: HCacheEngine, cuts: Sequence[Cut] | None, piece_tokens: in
         plan = RestorePlan(tuple(cuts), piece_tokens)
     work = schedule(engine.adapter.spec, sizes, plan)
     with (
-        engine._buffers.borrow(len(composition.token_ids)) as buffers,
+        engine.answering.buffers.borrow(len(composition.token_ids)) as buffers,
         open_restoring(
             engine.adapter,
             composition,
@@ -85,7 +85,7 @@ def restoring(engine: HCacheEngine, cuts: Sequence[Cut] | None, piece_tokens: in
             engine.store,
             work=work,
             prefixes=engine.bound.prefixes,
-            reference_mode=engine.reference_mode,
+            reference_mode=engine.answering.reference_mode,
         ) as (cache, execution),
     ):
         yield composition, cache, execution
@@ -366,7 +366,7 @@ def test_an_error_of_the_reading_lane_reaches_the_pass(
     assert own_threads() == []
     assert not engine.adapter.model._forward_pre_hooks
     assert not engine.adapter.decoder._forward_hooks
-    assert len(engine._buffers._free) == 1
+    assert len(engine.answering.buffers._free) == 1
 
 
 def test_a_request_cancelled_before_its_first_token_stops_at_the_next_step(
@@ -391,7 +391,7 @@ def test_a_request_cancelled_before_its_first_token_stops_at_the_next_step(
     assert count == 1
     assert (answer.text, answer.token_ids, answer.finish_reason) == ("", (), "cancelled")
     assert own_threads() == []
-    assert len(engine._buffers._free) == 1
+    assert len(engine.answering.buffers._free) == 1
     assert engine.generate(PROMPT, options=GREEDY).finish_reason != "cancelled"
 
 
@@ -401,7 +401,7 @@ def test_cancelling_reaches_a_pass_of_ones_own(store: StateStore) -> None:
     engine = engine_of(shape, store, layout_of(shape, LayerFormat(KV, "float32")))
     composition = engine.bound.compose(engine.bound.resolve(PROMPT).pieces)
     with (
-        engine._buffers.borrow(len(composition.token_ids)) as buffers,
+        engine.answering.buffers.borrow(len(composition.token_ids)) as buffers,
         open_restoring(
             engine.adapter, composition, buffers, engine.store, is_cancelled=lambda: True
         ) as (cache, _),
@@ -416,11 +416,11 @@ def test_buffers_are_used_again(store: StateStore) -> None:
     shape = SHAPES[0]
     engine = engine_of(shape, store, layout_of(shape, LayerFormat(HIDDEN, "int8")))
     engine.generate(PROMPT, options=GREEDY)
-    (buffers,) = engine._buffers._free
+    (buffers,) = engine.answering.buffers._free
     places = {name: held.data_ptr() for name, held in buffers._scratch.items()}
     assert places
     engine.generate(PROMPT, options=GREEDY)
-    (again,) = engine._buffers._free
+    (again,) = engine.answering.buffers._free
     assert again is buffers
     assert {name: held.data_ptr() for name, held in again._scratch.items()} == places
 
@@ -431,7 +431,7 @@ def test_a_piece_of_one_chunk_in_the_models_dtype_is_not_copied_first(store: Sta
     layout = layout_of(shape, LayerFormat(HIDDEN, "float32"), chunk_tokens=1024)
     engine = engine_of(shape, store, layout)
     reading(engine, [Cut()] * len(spans(engine)), piece_tokens=1)
-    (buffers,) = engine._buffers._free
+    (buffers,) = engine.answering.buffers._free
     assert set(buffers._scratch) == {"projected"}
 
 

@@ -180,7 +180,7 @@ def test_everything_repaired_is_full_prefill(tiny: Tiny) -> None:
         ids = torch.tensor([composition.token_ids.tolist()])
         with (
             torch.no_grad(),
-            engine._buffers.borrow(ids.shape[1] + 1) as buffers,
+            engine.answering.buffers.borrow(ids.shape[1] + 1) as buffers,
             open_restoring(engine.adapter, composition, buffers, engine.store) as (restored, _),
         ):
             assert begin_repair(engine.adapter, restored, 1.0) == len(B)
@@ -199,7 +199,7 @@ def test_scores_are_the_last_row_of_attention(tiny: Tiny) -> None:
     composition = engine.bound.compose(engine.bound.resolve(BOTH).pieces)
     ids = torch.tensor([composition.token_ids.tolist()])
     call: Any = engine.adapter.model
-    with torch.no_grad(), engine._buffers.borrow(ids.shape[1] + 1) as buffers:
+    with torch.no_grad(), engine.answering.buffers.borrow(ids.shape[1] + 1) as buffers:
         with open_restoring(engine.adapter, composition, buffers, engine.store) as (restored, _):
             rows = call(input_ids=ids, past_key_values=restored, output_attentions=True).attentions
         expected = sum(row[0, :, -1].sum(0) for row in rows)[: composition.num_restored]
@@ -242,11 +242,11 @@ def test_sliding_layers_read_what_is_in_the_window(tiny: Tiny, layout: str) -> N
     """
     engine = engine_of(tiny, torch.float32, layout)
     whole = engine.generate(BOTH, options=GREEDY, remember=True)
-    with engine._buffers.borrow(1) as buffers:
+    with engine.answering.buffers.borrow(1) as buffers:
         for side in buffers.sides:
             side.fill_(torch.nan)
     engine = engine_of(tiny, torch.float32, layout, paths_max_bytes=0)
-    engine._buffers._free.append(buffers)
+    engine.answering.buffers._free.append(buffers)
     answer = engine.generate(BOTH, options=GREEDY)
     assert answer.token_ids == whole.token_ids
     is_any = any(ModelAdapter(engine.adapter.model).windows)

@@ -98,7 +98,7 @@ def test_nothing_synchronises_while_pieces_are_submitted(
         composition = engine.bound.compose(engine.bound.resolve(PROMPT).pieces)
         monkeypatch.setattr(CudaDevice, "launch", watched)
         with (
-            engine._buffers.borrow(len(composition.token_ids)) as buffers,
+            engine.answering.buffers.borrow(len(composition.token_ids)) as buffers,
             open_restoring(engine.adapter, composition, buffers, engine.store) as (_, execution),
         ):
             for ticket in execution._tickets:

@@ -260,7 +260,7 @@ def test_scores_are_the_last_row_of_attention(
     model = tiny_model(shape, attention="eager")
     with engine(model, tokenizer, tmp_path) as one:
         composition = one.bound.compose(one.bound.resolve(PROMPT).pieces)
-        with one._buffers.borrow(len(composition.token_ids) + 1) as buffers:
+        with one.answering.buffers.borrow(len(composition.token_ids) + 1) as buffers:
             with (
                 torch.no_grad(),
                 open_restoring(one.adapter, composition, buffers, one.store) as (cache, _),

@@ -1527,7 +1527,7 @@ def test_a_request_may_end_while_another_begins(talker: HCacheEngine) -> None:
     other = ExitStack()
 
     def open_cache(stack: ExitStack) -> Any:
-        buffers = stack.enter_context(talker._buffers.borrow(ids.shape[1]))
+        buffers = stack.enter_context(talker.answering.buffers.borrow(ids.shape[1]))
         opened = open_restoring(talker.adapter, composition, buffers, talker.store)
         return stack.enter_context(opened)[0]
 
@@ -1596,7 +1596,7 @@ def test_scores_for_repair_are_not_disturbed_by_another_threads_forward_pass(
 
     def scores() -> list[float]:
         with (
-            engine._buffers.borrow(len(composition.token_ids)) as buffers,
+            engine.answering.buffers.borrow(len(composition.token_ids)) as buffers,
             open_restoring(engine.adapter, composition, buffers, store) as (cache, _),
         ):
             return [float(score) for score in last_row_scores(engine.adapter, cache)]
