@@ -47,7 +47,7 @@ from hcache_rag.prefetch import Prefetcher
 from hcache_rag.profile import HardwareProfile
 from hcache_rag.prompt import Tokenization, Tokenizer
 from hcache_rag.provenance import Generation, Provenance
-from hcache_rag.repair import begin_repair, recommended, repair_share
+from hcache_rag.repair import begin_repair, check_fidelity
 from hcache_rag.resolved import Resolved, ResolvedPiece
 from hcache_rag.schedule import Rows
 from hcache_rag.sequences import BATCH_TOKENS
@@ -152,7 +152,12 @@ class HCacheEngine:
             raise ValueError(
                 'documents that are read behind others are not exact, but fidelity is "exact"'
             )
-        repair_share(recommended(None) if fidelity == "auto" else fidelity)  # refuses nonsense
+        check_fidelity(fidelity)
+        if not hasattr(model, "config"):
+            raise TypeError(
+                f"model must be a loaded transformers model, not {type(model).__name__}; "
+                "hcache_rag.models.load_model(folder) gives one and its tokenizer"
+            )
         adapter = ModelAdapter(model, name)
         if adapter.device.type not in DEVICES:
             raise UnsupportedModelError(
@@ -166,7 +171,7 @@ class HCacheEngine:
         is_asked_for = representation != "auto" or storage_dtype is not None
         if storage_dtype is None and fidelity == "exact":
             storage_dtype = adapter.spec.dtype
-        self.choice = _chosen(adapter, representation, storage_dtype, profile, objective)
+        self.choice = chosen_layout(adapter, representation, storage_dtype, profile, objective)
         if context_at_index == "documents" and self.choice.layout.num_none:
             raise ValueError(
                 "layers that keep nothing are computed again after what a document was read "
@@ -563,14 +568,18 @@ class HCacheEngine:
         return self._missed.add(p.document for p in pieces if p.document and p.record is None)
 
 
-def _chosen(
+def chosen_layout(
     adapter: ModelAdapter,
     representation: str | Sequence[str] | StateLayout,
     storage_dtype: str | None,
-    profile: HardwareProfile | None,
-    objective: Objective,
+    profile: HardwareProfile | None = None,
+    objective: Objective = LEAST_TIME,
 ) -> LayoutChoice:
-    """What states that are stored from now on keep."""
+    """What states that are stored from now on keep; for the arguments see `HCacheEngine`.
+
+    Raises:
+        ValueError: they cannot be kept so.
+    """
     spec = adapter.spec
     if isinstance(representation, StateLayout):
         if len(representation.layers) != spec.num_layers:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hcache_rag.bound import Fidelity
 from hcache_rag.bundled import MODEL_NAME, default_model_path
-from hcache_rag.engine import HCacheEngine
+from hcache_rag.engine import HCacheEngine, chosen_layout
 from hcache_rag.layout import StateLayout
 from hcache_rag.line import Line
 from hcache_rag.models import ModelAdapter, load_model
@@ -93,6 +93,7 @@ class Resident:
 
     Raises:
         UnsupportedModelError: the model cannot be restored on.
+        ValueError: states cannot be kept so.
         StoreOpenError: `store` is a path that cannot hold a store.
     """
 
@@ -105,6 +106,9 @@ class Resident:
         self.loaded = loaded
         self.adapter = ModelAdapter(loaded.model, loaded.name)
         self.keeping = keeping
+        chosen_layout(
+            self.adapter, keeping.representation, keeping.storage_dtype
+        )  # refuses at once
         self.line = Line()
         self._lock = Lock()
         self._engines: dict[Reading, HCacheEngine] = {}
