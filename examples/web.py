@@ -16,7 +16,6 @@ from llama_index.core.query_engine import RetrieverQueryEngine
 from hcache_rag.llama_index import HCacheLLM, HCacheRetriever
 
 
-
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Index, or find the index, before the first question."""
