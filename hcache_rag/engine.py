@@ -377,6 +377,8 @@ class HCacheEngine:
             PromptTooLongError: the prompt fills the model's window.
             ValueError: an empty prompt.
         """
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt must be one string, not {type(prompt).__name__}")
         started = time.perf_counter()
         options = options or GenerationOptions()
         cancelled = cancelled or threading.Event()

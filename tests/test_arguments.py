@@ -128,6 +128,10 @@ BAD_CALLS: dict[str, tuple[Callable[[HCacheLLM], object], str]] = {
         lambda llm: llm.engine.precompute(["a", MAR]),  # type: ignore[list-item]
         "texts are strings, but texts[1] is Document",
     ),
+    "two prompts": (
+        lambda llm: llm.engine.generate(["a", "b"]),  # type: ignore[arg-type]
+        "prompt must be one string, not list",
+    ),
     "a model's name": (
         lambda llm: HCacheEngine("m", MODEL["tokenizer"], StateStore.in_memory()),  # type: ignore[arg-type]
         "model must be a loaded transformers model, not str; hcache_rag.models.load_model(folder)",
