@@ -4,13 +4,14 @@ python examples/chat.py [FOLDER]
 """
 
 import sys
+from pathlib import Path
 
 from llama_index.core import SimpleDirectoryReader
 from llama_index.core.chat_engine import CondensePlusContextChatEngine
 
 from hcache_rag.llama_index import HCacheLLM, HCacheRetriever
 
-folder = sys.argv[1] if len(sys.argv) > 1 else "examples/solar_system"
+folder = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("solar_system")
 
 llm = HCacheLLM(max_new_tokens=40, chat_memory="always")
 documents = SimpleDirectoryReader(folder).load_data()

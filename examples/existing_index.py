@@ -4,13 +4,14 @@ python examples/existing_index.py [FOLDER]
 """
 
 import sys
+from pathlib import Path
 
 from llama_index.core import Settings, SimpleDirectoryReader, VectorStoreIndex
 from llama_index.core.query_engine import RetrieverQueryEngine
 
 from hcache_rag.llama_index import HCacheLLM, HCachePrecompute, HCacheRetriever, default_embedding
 
-folder = sys.argv[1] if len(sys.argv) > 1 else "examples/solar_system"
+folder = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("solar_system")
 Settings.embed_model = default_embedding()  # yours
 
 # What you have.

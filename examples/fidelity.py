@@ -4,6 +4,7 @@ python examples/fidelity.py [FOLDER]
 """
 
 import sys
+from pathlib import Path
 
 from llama_index.core import SimpleDirectoryReader
 from llama_index.core.schema import MetadataMode
@@ -11,7 +12,7 @@ from llama_index.core.schema import MetadataMode
 from hcache_rag.fidelity import Case, measure_fidelity
 from hcache_rag.llama_index import HCacheLLM, HCacheRetriever
 
-folder = sys.argv[1] if len(sys.argv) > 1 else "examples/solar_system"
+folder = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("solar_system")
 
 llm = HCacheLLM(fidelity="none")
 documents = SimpleDirectoryReader(folder).load_data()

@@ -12,7 +12,7 @@ from llama_index.core.query_engine import RetrieverQueryEngine
 
 from hcache_rag.llama_index import HCacheLLM, HCacheRetriever
 
-folder = sys.argv[1] if len(sys.argv) > 1 else "examples/solar_system"
+folder = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("solar_system")
 question = sys.argv[2] if len(sys.argv) > 2 else "When will Halley's Comet come back?"
 
 llm = HCacheLLM(max_new_tokens=40)  # or HCacheLLM("path/to/a/transformers/model")

@@ -20,10 +20,9 @@ from hcache_rag.llama_index import HCacheLLM, HCacheRetriever
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Index, or find the index, before the first question."""
     llm = HCacheLLM(max_new_tokens=40)
-    documents = SimpleDirectoryReader(os.environ.get("DOCUMENTS", "examples/solar_system"))
-    retriever = HCacheRetriever.from_documents(
-        documents.load_data(), llm=llm, persist_dir="storage"
-    )
+    folder = os.environ.get("DOCUMENTS", os.path.dirname(__file__) + "/solar_system")
+    documents = SimpleDirectoryReader(folder).load_data()
+    retriever = HCacheRetriever.from_documents(documents, llm=llm, persist_dir="storage")
     app.state.engine = RetrieverQueryEngine.from_args(retriever, llm=llm, streaming=True)
     yield
     llm.close()

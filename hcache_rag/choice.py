@@ -81,8 +81,8 @@ def layout_asked_for(
     spec: ModelSpec,
     representation: str | Sequence[str] | StateLayout,
     storage_dtype: str | None,
-    profile: HardwareProfile | None,
-    objective: Objective,
+    profile: HardwareProfile | None = None,
+    objective: Objective = LEAST_TIME,
     *,
     is_known: bool = True,
 ) -> LayoutChoice:

@@ -38,7 +38,7 @@ from hcache_rag.prefetch import Prefetcher
 from hcache_rag.profile import HardwareProfile
 from hcache_rag.prompt import Tokenization, Tokenizer
 from hcache_rag.provenance import Generation, Provenance
-from hcache_rag.repair import recommended, repair_share
+from hcache_rag.repair import check_fidelity
 from hcache_rag.resolved import ResolvedPiece
 from hcache_rag.sequences import BATCH_TOKENS
 from hcache_rag.state import StateKey, StateRecord, TokenIds
@@ -127,7 +127,12 @@ class HCacheEngine:
             raise ValueError(
                 'documents that are read behind others are not exact, but fidelity is "exact"'
             )
-        repair_share(recommended(None) if fidelity == "auto" else fidelity)  # refuses nonsense
+        check_fidelity(fidelity)
+        if not hasattr(model, "config"):
+            raise TypeError(
+                f"model must be a loaded transformers model, not {type(model).__name__}; "
+                "hcache_rag.models.load_model(folder) gives one and its tokenizer"
+            )
         adapter = ModelAdapter(model, name)
         if adapter.device.type not in DEVICES:
             raise UnsupportedModelError(
@@ -358,6 +363,8 @@ class HCacheEngine:
             PromptTooLongError: the prompt fills the model's window.
             ValueError: an empty prompt.
         """
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt must be one string, not {type(prompt).__name__}")
         started = time.perf_counter()
         bound = self._current()
         resolved = bound.resolve(prompt, add_bos)

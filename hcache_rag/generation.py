@@ -52,6 +52,9 @@ class GenerationOptions:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.max_new_tokens, int):
+            kind = type(self.max_new_tokens).__name__
+            raise TypeError(f"max_new_tokens must be a whole number, not {kind}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be positive, not {self.max_new_tokens}")
         if self.temperature is not None and self.temperature < 0:

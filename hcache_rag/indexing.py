@@ -291,7 +291,9 @@ class Indexer:
         wanted: dict[StateKey, PendingState] = {}
         skipped: list[tuple[str, str]] = []
         room = self._room
-        for text in texts:
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"texts are strings, but texts[{number}] is {type(text).__name__}")
             stripped = text.strip()
             state = PendingState(self._preamble.key, self._tokenizer.document(stripped), stripped)
             if not len(state.token_ids):

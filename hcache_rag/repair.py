@@ -33,11 +33,24 @@ def repair_share(fidelity: str | float) -> float:
     if isinstance(fidelity, str):
         known = {"exact": 0.0, **FIDELITY_SHARES}
         if fidelity not in known:
-            raise ValueError(f"fidelity is a number or one of {', '.join(known)}, not {fidelity!r}")
+            raise ValueError(
+                f"fidelity is a share from 0 to 1 or one of auto, {', '.join(known)}, "
+                f"not {fidelity!r}"
+            )
         return known[fidelity]
     if isinstance(fidelity, bool) or not 0 <= fidelity <= 1:
         raise ValueError(f"fidelity is a share from 0 to 1, not {fidelity!r}")
     return float(fidelity)
+
+
+def check_fidelity(fidelity: str | float) -> None:
+    """Refuse what is no position of the dial.
+
+    Raises:
+        ValueError: neither "auto", nor a position, nor a share from 0 to 1.
+    """
+    if fidelity != "auto":
+        repair_share(fidelity)
 
 
 def recommended(found: str | float | None) -> str | float:

@@ -55,7 +55,10 @@ def read_folder(folder: str | os.PathLike[str]) -> FolderContents:
     except PermissionError as error:
         raise SourceError(f"{error.filename} cannot be read: {error.strerror}") from error
     if not files:
-        found = f"{len(skipped)} file(s) that hold no text" if skipped else "no files"
+        found = "no files"
+        if skipped:
+            name, why = skipped[0]
+            found = f"{len(skipped)} file(s) that hold no text, first {name}: {why}"
         raise SourceError(f"nothing to index: {folder} holds {found}")
     return FolderContents(tuple(files), tuple(skipped))
 

@@ -375,7 +375,7 @@ def test_a_wrong_folder_is_one_line_and_leaves_nothing(
     expected = {
         "missing": f"{folder}: no such folder",
         "empty": f"nothing to index: {folder} holds no files",
-        "binary": f"nothing to index: {folder} holds 2 file(s) that hold no text",
+        "binary": "holds 2 file(s) that hold no text, first a.png: binary",
         "file": f"{folder} is a file; give the folder that holds it",
     }
     outcome = run("index", folder, "--store", store, "--model", model)

@@ -220,7 +220,7 @@ def test_chat_goes_on_after_a_restart(
     assert outcome.err == ""
     first, second = map(json.loads, outcome.out.splitlines())
     assert second["provenance"]["exact_tokens"] > first["provenance"]["prompt_tokens"]
-    typed("And then?\n\nnot read any more\n")
+    typed("\n\nAnd then?\n\n  /exit \nnot read any more\n")
     outcome = run("chat", *its)
     [third] = map(json.loads, outcome.out.splitlines())
     assert third["provenance"]["exact_tokens"] > second["provenance"]["prompt_tokens"]
@@ -230,6 +230,53 @@ def test_chat_goes_on_after_a_restart(
     assert [path.name for path in (tmp_path / "store" / CHATS).iterdir()] == ["default.json"]
 
 
+def test_conversations_are_listed_and_deleted_with_their_states(
+    run: Run, typed: Callable[[str], None], model: str, tmp_path: Path
+) -> None:
+    """What was said in another one stays, and is restored."""
+    store = tmp_path / "store"
+    its = ("--store", store, "--model", model, "--max-new-tokens", "6", "--json")
+    for name in ("secrets", "weather"):
+        typed(f"Let us talk of {name} today.\nWhat else of {name}?\n")
+        run("chat", *its, "--name", name)
+    (store / CHATS / "broken.json").write_text("{}")
+    listed = json.loads(run("chat", "--store", store, "--list", "--json").out)["conversations"]
+    assert {row["name"]: (row["turns"], row["last"]) for row in listed} == {
+        "secrets": (2, "What else of secrets?"),
+        "weather": (2, "What else of weather?"),
+        "broken": (0, ""),
+    }
+    shown = run("chat", "--store", store, "--list")
+    assert "What else of weather?" in shown.out
+    assert "broken.json holds no conversation: not a list of messages" in shown.err
+
+    assert texts_of_paths(store, "secrets") == texts_of_paths(store, "weather") == 2
+    outcome = run("chat", "--store", store, "--name", "secrets", "--delete")
+    assert outcome.out == "secrets: deleted, and 2 state(s) of what was said in it\n"
+    assert (texts_of_paths(store, "secrets"), texts_of_paths(store, "weather")) == (0, 2)
+    assert_one_error_line(
+        run("chat", "--store", store, "--name", "secrets", "--delete"),
+        "holds no conversation 'secrets'; it holds: broken, weather",
+    )
+    assert run("chat", "--store", store, "--name", "broken", "--delete").code == 0
+    typed("And now?\n")
+    turn = json.loads(run("chat", *its, "--name", "weather").out)
+    assert turn["provenance"]["exact_tokens"] > len("What else of weather?")
+
+
+def texts_of_paths(store: Path, word: str) -> int:
+    """How many states of conversations hold a word."""
+    with StateStore.open(store / "states") as states, states.beside(PATHS) as paths:
+        return sum(word in record.text for record in paths.records())
+
+
+def test_a_folder_without_conversations_says_so(run: Run, tmp_path: Path) -> None:
+    outcome = run("chat", "--store", tmp_path, "--list")
+    assert (outcome.code, outcome.out) == (0, f"{tmp_path} holds no conversation\n")
+    assert_one_error_line(run("chat", "--store", tmp_path, "--delete"), "it holds: none")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_of_conversations_only_is_looked_after(
     run: Run, typed: Callable[[str], None], model: str, tmp_path: Path
 ) -> None:
@@ -237,6 +284,9 @@ def test_a_folder_of_conversations_only_is_looked_after(
     run("chat", "--store", tmp_path / "store", "--model", model, "--max-new-tokens", "4")
     assert json.loads(run("stats", "--store", tmp_path / "store", "--json").out)["paths"] == 1
     assert "1 states of conversations" in run("verify", "--store", tmp_path / "store").out
+    outcome = run("gc", "--store", tmp_path / "store", "--compact", "--json")
+    assert (outcome.code, json.loads(outcome.out)["deleted"]) == (0, 0)
+    assert json.loads(run("stats", "--store", tmp_path / "store", "--json").out)["paths"] == 1
 
 
 def test_chat_over_an_index_reads_its_passages(

@@ -20,6 +20,8 @@ def test_the_pages_are_built_without_warnings(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert page.read_text().startswith("# "), page
     reference = (tmp_path / "api" / "engine" / "index.html").read_text()
     assert "A model that remembers what it has read." in reference
     assert "StoreFullError" in reference

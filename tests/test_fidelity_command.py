@@ -16,7 +16,7 @@ from tiny import SHAPES, byte_tokenizer, tiny_model
 from hcache_rag import HCacheEngine, StateStore
 from hcache_rag.llama_index import HCacheLLM
 from hcache_rag.llama_index.cases import cases_of_index, cases_of_records, first_sentence
-from hcache_rag.llama_index.folder import ModelChoice
+from hcache_rag.llama_index.model_choice import ModelChoice
 from hcache_rag.questions import Record
 from hcache_rag.trial import trying
 

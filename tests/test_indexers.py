@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hcache_rag import ModelNotFoundError, SourceError, StateStore, StoreOpenErr
 from hcache_rag.corpus import Document
 from hcache_rag.indexing import PrecomputeReport
 from hcache_rag.llama_index import HCacheLLM
+from hcache_rag.llama_index.folder import collect_garbage, open_states
 from hcache_rag.state import StateRecord
 from hcache_rag.store.manifest import Manifest
 
@@ -111,6 +113,57 @@ def test_main_says_what_it_did(
     assert capsys.readouterr().out == "3 stored, 0 were there already, 0 skipped\n"
     assert run(arguments) is None
     assert capsys.readouterr().out == "0 stored, 3 were there already, 0 skipped\n"
+
+
+def test_a_file_of_json_lines_needs_no_shards(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its text may stand in any column, and the model be loaded as either dtype."""
+    rows = [{"body": "Mars is red."}, {"body": ""}, {"body": "Venus is hot."}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    states = tmp_path / "states"
+    its: list[str | Path] = [tmp_path / "rows.jsonl", "--states", states, "--model", model]
+    assert run([*its, "--text-column", "body", "--dtype", "bfloat16"]) is None
+    captured = capsys.readouterr()
+    assert captured.out == "2 stored, 0 were there already, 1 skipped\n"
+    assert "rows.jsonl:2" in captured.err
+    assert "Loading weights" not in captured.err
+    assert {record.text for record in documents(states)} == {"Mars is red.", "Venus is hot."}
+    with HCacheLLM(str(model), dtype="bfloat16", store=states) as llm:
+        assert llm.engine.precompute(["Mars is red."]).reused == 1
+    with HCacheLLM(str(model), dtype="float32", store=states) as llm:
+        assert llm.engine.precompute(["Mars is red."]).reused == 0
+
+
+def test_stats_and_gc_take_the_folder_that_the_job_filled(
+    model: Path, folder: Path, tmp_path: Path
+) -> None:
+    index_states(folder, tmp_path / "states", model=str(model))
+    with open_states(tmp_path / "states") as states:
+        assert states.stats().documents == 3
+    assert collect_garbage(tmp_path / "states", compact=True).deleted == 0
+    with open_states(tmp_path / "states") as states:
+        assert states.stats().documents == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--publish"], "--publish goes with --shards"),
+        (["--unit-documents", "5"], "--unit-documents goes with --shards"),
+        (["--shards", "0"], "invalid positive number value: '0'"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    expected: str,
+) -> None:
+    assert run([folder, "--states", tmp_path / "states", *options]) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "states").exists()
 
 
 def test_main_counts_the_files_that_it_passed_over(

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import PRINTABLE, FixedRetriever, WordEmbedding, word_vector
+from commands import Run, assert_one_error_line
+from fakes import PRINTABLE, FixedRetriever, WordEmbedding, save_tiny_model, word_vector
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.query_engine import RetrieverQueryEngine
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hcache_rag import HCacheError, SourceError, StateStore, StoreError, StoreFullError
 from hcache_rag.llama_index import HCacheLLM, HCachePrecompute, HCacheRetriever
+from hcache_rag.llama_index.model_choice import ModelChoice
 from hcache_rag.llama_index.persisted import load_index
 from hcache_rag.llama_index.vectors import VectorIndex
 
@@ -252,6 +254,27 @@ def test_what_was_kept_is_opened_again(
     prompt = f"{llm.preamble}{best}\n\nWhat?"
     assert account(llm, prompt)["exact_tokens"] == len(llm.preamble) + len(best)
     assert llm.complete(prompt).text == reference.complete(prompt).text
+
+
+def test_the_command_line_answers_from_what_a_program_has_kept(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder says which model it was made with, where that can be said."""
+    monkeypatch.setattr("hcache_rag.llama_index.retriever.default_embedding", WordEmbedding)
+    model = save_tiny_model(tmp_path / "model", chat=True)
+    store = tmp_path / "storage"
+    mars = Document(text=TEXTS[3], metadata={"file_name": "mars.txt"})
+    with HCacheLLM(model, storage_dtype="float32") as llm:
+        HCacheRetriever.from_documents([mars], llm=llm, persist_dir=store)
+    choice = ModelChoice.of(store)
+    assert choice == ModelChoice(str(model), "float32", "auto", "float32", "none")
+    asked = ("ask", QUESTION, "--store", store, "--max-new-tokens", "2", "--json")
+    answer = json.loads(run(*asked).out)
+    assert answer["sources"] == ["mars.txt"]
+    assert answer["provenance"]["documents_restored"] == 1
+    with HCacheLLM(model=tiny_model(SHAPES[1]), tokenizer=byte_tokenizer()) as llm:
+        HCacheRetriever.from_documents([mars], llm=llm, persist_dir=store)
+    assert_one_error_line(run(*asked), "does not say which model its index was made with")
 
 
 def test_nodes_keep_their_metadata_and_relations(

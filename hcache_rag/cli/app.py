@@ -78,7 +78,7 @@ def index(
     store: StoreOption = DEFAULT_STORE,
     model: Annotated[
         str | None,
-        typer.Option(help="Folder of a transformers model.  [default: SmolLM2-135M-Instruct]"),
+        typer.Option(help="Folder of a transformers model. (default: SmolLM2-135M-Instruct)"),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     representation: Annotated[
@@ -88,7 +88,7 @@ def index(
         str | None,
         typer.Option(
             help="float32, bfloat16, float16, int8; for hidden states also int8-g64 and "
-            "int8-smooth.  [default: int8, int8-smooth]"
+            "int8-smooth. (default: int8, int8-smooth)"
         ),
     ] = None,
     context_at_index: ContextOption = None,
@@ -120,7 +120,8 @@ def index(
     for name, reason in contents.skipped:
         say(err, "skipped", "yellow", f" {name}: {reason}")
     with quiet_transformers(), status("loading the model", not as_json):
-        from hcache_rag.llama_index.folder import ModelChoice, context_of, index_folder
+        from hcache_rag.llama_index.folder import index_folder
+        from hcache_rag.llama_index.model_choice import ModelChoice, context_of
     persist_dir = store.expanduser()
     choice = ModelChoice(
         model and os.path.abspath(model),
@@ -205,8 +206,8 @@ def ask(
     persist_dir = store.expanduser()
     read_manifest(persist_dir)
     with quiet_transformers(), status("loading the model", not as_json):
-        from hcache_rag.llama_index.folder import ModelChoice
         from hcache_rag.llama_index.folder import ask as ask_index
+        from hcache_rag.llama_index.model_choice import ModelChoice
 
         llm = ModelChoice.of(persist_dir).load(
             persist_dir, max_new_tokens=max_new_tokens, fidelity=dial
@@ -255,7 +256,7 @@ def doctor(
         Path | None, typer.Option("--store", "-s", help="A store to look at as well.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder of a model.  [default: SmolLM2-135M-Instruct]")
+        str | None, typer.Option(help="Folder of a model. (default: SmolLM2-135M-Instruct)")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -80,8 +80,8 @@ def _room(store: Path | None) -> list[Check]:
 
 def _store(store: Path) -> str:
     from hcache_rag.llama_index.folder import open_states
+    from hcache_rag.llama_index.model_choice import STATES
     from hcache_rag.llama_index.persisted import load_index
-    from hcache_rag.llama_index.retriever import STATES
     from hcache_rag.profile import PROFILE_NAME, HardwareProfile
 
     nodes = len(load_index(store).nodes)

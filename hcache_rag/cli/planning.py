@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 HIDDEN, KV = Representation.HIDDEN, Representation.KV
 _MAX_TOKENS = 10_000_000
 _HARDWARE_HELP = "A preset (--list), a profile's JSON file, or 'this' for what `profile` measured."
-_MODEL_HELP = "A named model (--list) or a folder.  [default: SmolLM2-135M-Instruct]"
+_MODEL_HELP = "A named model (--list) or a folder. (default: SmolLM2-135M-Instruct)"
 
 
 @reported
@@ -47,7 +47,7 @@ def profile(
     store: StoreOption = DEFAULT_STORE,
     model: Annotated[
         str | None,
-        typer.Option(help="Folder of a model.  [default: the store's, or SmolLM2-135M-Instruct]"),
+        typer.Option(help="Folder of a model. (default: the store's, or SmolLM2-135M-Instruct)"),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller samples.")] = False,
@@ -105,10 +105,10 @@ def plan(
     ] = "time",
     hidden_dtype: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(STORAGE_DTYPES[HIDDEN])}.  [default: int8-smooth]"),
+        typer.Option(help=f"{', '.join(STORAGE_DTYPES[HIDDEN])}. (default: int8-smooth)"),
     ] = None,
     kv_dtype: Annotated[
-        str | None, typer.Option(help=f"{', '.join(STORAGE_DTYPES[KV])}.  [default: int8]")
+        str | None, typer.Option(help=f"{', '.join(STORAGE_DTYPES[KV])}. (default: int8)")
     ] = None,
     store: StoreOption = DEFAULT_STORE,
     draw: Annotated[

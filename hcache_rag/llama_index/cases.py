@@ -15,8 +15,9 @@ from llama_index.core.schema import Document
 from hcache_rag.bundled import MODEL_NAME
 from hcache_rag.errors import SourceError
 from hcache_rag.fidelity import Case, FidelityReport, keep_recommendation, measure_fidelity
-from hcache_rag.llama_index.folder import ModelChoice, has_index, open_states
+from hcache_rag.llama_index.folder import open_states
 from hcache_rag.llama_index.llm import HCacheLLM
+from hcache_rag.llama_index.model_choice import ModelChoice, has_index
 from hcache_rag.llama_index.persisted import load_index
 from hcache_rag.llama_index.retriever import HCacheRetriever
 from hcache_rag.llama_index.text import llm_texts

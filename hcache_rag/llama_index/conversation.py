@@ -16,7 +16,7 @@ from llama_index.core.base.llms.types import ChatMessage, MessageRole
 
 from hcache_rag.errors import SourceError
 from hcache_rag.llama_index.llm import HCacheLLM
-from hcache_rag.llama_index.text import llm_text
+from hcache_rag.llama_index.text import file_of, llm_text
 
 CHATS = "chats"
 """The folder of conversations in a store's folder."""
@@ -67,7 +67,9 @@ class Conversation:
         self._path = path
         self._retriever = retriever
         self._held = path.read_bytes() if path is not None and path.is_file() else None
-        found = _parsed(path, self._held) if path is not None and self._held is not None else None
+        found = (
+            messages_in(path, self._held) if path is not None and self._held is not None else None
+        )
         first = [ChatMessage(role=MessageRole.SYSTEM, content=system)] if system else []
         self.messages: list[ChatMessage] = found if found is not None else first
 
@@ -110,14 +112,19 @@ class Conversation:
             return [], []
         said = "\n".join(message.content or "" for message in self.messages)
         found = {
-            passage: str(node.node.metadata.get("file", node.node_id))
+            passage: file_of(node.node)
             for node in self._retriever.retrieve(text)
             if (passage := llm_text(node.node)) and passage not in said
         }
         return list(found), list(dict.fromkeys(found.values()))
 
 
-def _parsed(path: Path, data: bytes) -> list[ChatMessage]:
+def messages_in(path: Path, data: bytes) -> list[ChatMessage]:
+    """What a conversation's file holds.
+
+    Raises:
+        SourceError: that is no conversation.
+    """
     try:
         rows = json.loads(data)
         if not isinstance(rows, list):

@@ -6,13 +6,12 @@ the choice of model (`model.json`), so that a question needs no more than the fo
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,10 @@ from hcache_rag.errors import SourceError, StoreError
 from hcache_rag.indexing import PrecomputeReport
 from hcache_rag.llama_index.events import StateRestoreEvent
 from hcache_rag.llama_index.llm import HCacheLLM
+from hcache_rag.llama_index.model_choice import STATES, ModelChoice, has_index
 from hcache_rag.llama_index.persisted import load_index, read_manifest
-from hcache_rag.llama_index.retriever import STATES, HCacheRetriever
-from hcache_rag.llama_index.text import llm_text, source_of
+from hcache_rag.llama_index.retriever import HCacheRetriever
+from hcache_rag.llama_index.text import file_of, llm_text, source_of
 from hcache_rag.measure import find_profile, measure
 from hcache_rag.models import ModelAdapter
 from hcache_rag.profile import PROFILE_NAME, HardwareProfile
@@ -40,76 +40,6 @@ from hcache_rag.store import Salvaged, StateStore
 from hcache_rag.store.manifest import manifest_at
 
 logger = logging.getLogger("hcache_rag")
-
-_MODEL = "model.json"
-
-
-@dataclass(frozen=True, slots=True)
-class ModelChoice:
-    """Which model an index was made with.
-
-    Args:
-        model: a folder; None is the bundled model.
-        dtype: what it is loaded as.
-        representation: what its states keep.
-        storage_dtype: what they are stored in; None is the library's choice.
-        context_at_index: what documents are read after, see `HCacheLLM`.
-    """
-
-    model: str | None = None
-    dtype: str = "float32"
-    representation: str = "auto"
-    storage_dtype: str | None = None
-    context_at_index: str = "none"
-
-    def load(self, persist_dir: Path | None, **options: Any) -> HCacheLLM:
-        """The LLM with its states in `persist_dir`, or with no store yet.
-
-        With fidelity="exact", documents are read after the preamble alone.
-
-        Raises:
-            ModelNotFoundError, UnsupportedModelError, StoreOpenError: see there.
-        """
-        is_exact = options.get("fidelity") == "exact"
-        return HCacheLLM(
-            self.model,
-            dtype=self.dtype,
-            representation=self.representation,
-            storage_dtype=self.storage_dtype,
-            context_at_index="none" if is_exact else self.context_at_index,  # type: ignore[arg-type]
-            store=persist_dir / STATES if persist_dir is not None else None,
-            **options,
-        )
-
-    def save(self, persist_dir: Path) -> None:
-        """Remember the choice in the folder."""
-        (persist_dir / _MODEL).write_text(json.dumps(asdict(self), indent=1) + "\n")
-
-    @classmethod
-    def of(cls, persist_dir: Path) -> ModelChoice:
-        """The choice that the folder remembers.
-
-        Raises:
-            SourceError: the folder holds no index, or none that can be read.
-        """
-        read_manifest(persist_dir)
-        try:
-            return cls(**json.loads((persist_dir / _MODEL).read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise SourceError(f"{persist_dir / _MODEL} cannot be read: {error}") from error
-
-
-def has_index(persist_dir: Path) -> bool:
-    """Whether a folder holds an index that was finished."""
-    return (persist_dir / _MODEL).is_file()
-
-
-def context_of(persist_dir: Path) -> str:
-    """What the documents of an index are read after; "none" where there is no index."""
-    try:
-        return ModelChoice.of(persist_dir).context_at_index
-    except SourceError:
-        return "none"
 
 
 def documents_of(contents: FolderContents) -> list[Document]:
@@ -148,7 +78,6 @@ def index_folder(
         retriever = HCacheRetriever.from_documents(
             documents_of(contents), llm=llm, persist_dir=persist_dir, on_progress=on_progress
         )
-        choice.save(persist_dir)
         on_failure.pop_all()
     return retriever.report or PrecomputeReport(), llm
 
@@ -253,9 +182,7 @@ def answer(engine: Any, question: str, *, on_text: Callable[[str], None] | None 
                 pieces.append(piece)
                 if on_text:
                     on_text(piece)
-    names = dict.fromkeys(
-        str(s.node.metadata.get("file", s.node_id)) for s in response.source_nodes
-    )
+    names = dict.fromkeys(file_of(scored.node) for scored in response.source_nodes)
     return Answer(
         "".join(pieces).strip(),
         tuple(names),
@@ -290,29 +217,36 @@ def collecting_restores() -> Iterator[list[dict[str, Any]]]:
 
 
 def open_states(persist_dir: str | os.PathLike[str], *, read_only: bool = True) -> StateStore:
-    """The state store of a persisted folder.
+    """The state store of a persisted folder, or the folder's own where it is one.
 
     Raises:
         SourceError: there are neither states nor an index in the folder.
         StoreOpenError: its states cannot be opened.
     """
-    folder = Path(persist_dir).expanduser()
-    if not (folder / STATES / "data.mdb").is_file() and not manifest_at(folder / STATES):
-        read_manifest(folder)
-    return StateStore.open(folder / STATES, read_only=read_only)
+    return StateStore.open(_states_of(Path(persist_dir).expanduser()), read_only=read_only)
+
+
+def _states_of(folder: Path) -> Path:
+    for states in (folder / STATES, folder):
+        if (states / "data.mdb").is_file() or manifest_at(states):
+            return states
+    read_manifest(folder)
+    return folder / STATES
 
 
 def salvage_states(persist_dir: Path) -> Salvaged:
     """Save what is whole of a folder's states where they cannot be opened."""
-    return StateStore.salvage(persist_dir / STATES)
+    return StateStore.salvage(_states_of(persist_dir))
 
 
 def read_again(persist_dir: Path, texts: Sequence[str] | None = None) -> int:
     """Store the missing states of some texts of an index, or of all, and of its preamble.
 
     Returns:
-        How many texts were read.
+        How many texts were read; 0 where there are states and no index.
     """
+    if not has_index(persist_dir):
+        return 0
     if texts is None:
         texts = [llm_text(node) for node in load_index(persist_dir).nodes]
     llm = ModelChoice.of(persist_dir).load(persist_dir)
@@ -343,16 +277,16 @@ def collect_garbage(persist_dir: Path, *, compact: bool = False) -> Collected:
     """Delete the states that an index does not need.
 
     Those are the states of texts that are not in it, and of the others those that do not belong to
-    the documents that have the text: they were made with other options.
+    the documents that have the text: they were made with other options. Where there are states and
+    no index, as with conversations alone or an index that is not finished, all are needed.
 
     Args:
         compact: give the disk back what is free then.
     """
-    nodes = load_index(persist_dir).nodes
+    nodes = load_index(persist_dir).nodes if has_index(persist_dir) else None
     with open_states(persist_dir, read_only=False) as states:
-        keep = _needed(states, nodes)
         used, on_disk = states.used_bytes(), states.file_bytes()
-        deleted = states.gc(keep)
+        deleted = states.gc(_needed(states, nodes)) if nodes is not None else 0
         freed = used - states.used_bytes()
         if not compact:
             return Collected(deleted, freed)

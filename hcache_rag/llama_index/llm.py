@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Literal, get_args
 
 from llama_index.core.base.llms.types import (
@@ -33,6 +34,7 @@ from hcache_rag.bound import Fidelity
 from hcache_rag.engine import HCacheEngine
 from hcache_rag.generation import GenerationOptions
 from hcache_rag.layout import StateLayout
+from hcache_rag.llama_index.arguments import refuse_unknown
 from hcache_rag.llama_index.awaiting import AsyncGenerationStream
 from hcache_rag.llama_index.calls import chat_template_of, options_of, temperature_of
 from hcache_rag.llama_index.closing import closing, opened
@@ -50,6 +52,7 @@ from hcache_rag.models import ModelAdapter
 from hcache_rag.profile import HardwareProfile
 from hcache_rag.prompt import Tokenization
 from hcache_rag.provenance import Generation
+from hcache_rag.repair import check_fidelity
 from hcache_rag.store import StateStore
 from hcache_rag.streaming import GenerationStream
 
@@ -200,12 +203,12 @@ class HCacheLLM(CustomLLM):
         reference_mode: bool = False,
         **kwargs: Any,
     ) -> None:
-        unknown = sorted(set(kwargs) - set(type(self).model_fields))
-        if unknown:
-            raise TypeError(f"unknown argument(s): {', '.join(unknown)}")
+        known = {*signature(HCacheLLM.__init__).parameters, *type(self).model_fields}
+        refuse_unknown(kwargs, known - {"self", "kwargs"})
         _check_choice("chat_memory", chat_memory, get_args(ChatMemory))
         _check_choice("tokenization", tokenization, get_args(Tokenization))
         _check_choice("context_at_index", context_at_index, ("none", "documents"))
+        check_fidelity(fidelity)
         if max_concurrency < 1:
             raise ValueError(f"max_concurrency must be positive, not {max_concurrency}")
         generate_kwargs = dict(generate_kwargs or {})

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from hcache_rag.errors import HCacheError
 from hcache_rag.indexing import PrecomputeReport
+from hcache_rag.llama_index.arguments import expect, refuse_unknown
 from hcache_rag.llama_index.elsewhere import Elsewhere
 from hcache_rag.llama_index.events import report_precompute, report_start, reporting_evictions
 from hcache_rag.llama_index.llm import HCacheLLM
@@ -52,6 +53,8 @@ class HCachePrecompute(TransformComponent):
     _report: PrecomputeReport | None = PrivateAttr(default=None)
 
     def __init__(self, llm: HCacheLLM, **kwargs: Any) -> None:
+        expect("llm", llm, HCacheLLM)
+        refuse_unknown(kwargs, type(self).model_fields)
         engine = llm.engine
         fields = {"store_id": engine.store.store_id, "root": engine.root.hex(), **kwargs}
         super().__init__(**fields)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hcache_rag.bound import Fidelity
 from hcache_rag.bundled import MODEL_NAME, default_model_path
+from hcache_rag.choice import layout_asked_for
 from hcache_rag.engine import HCacheEngine
 from hcache_rag.layout import StateLayout
 from hcache_rag.line import Line
@@ -93,6 +94,7 @@ class Resident:
 
     Raises:
         UnsupportedModelError: the model cannot be restored on.
+        ValueError: states cannot be kept so.
         StoreOpenError: `store` is a path that cannot hold a store.
     """
 
@@ -105,6 +107,12 @@ class Resident:
         self.loaded = loaded
         self.adapter = ModelAdapter(loaded.model, loaded.name)
         self.keeping = keeping
+        layout_asked_for(  # refuses at once
+            self.adapter.spec,
+            keeping.representation,
+            keeping.storage_dtype,
+            is_known=self.adapter.is_known,
+        )
         self.line = Line()
         self._lock = Lock()
         self._engines: dict[Reading, HCacheEngine] = {}

@@ -14,7 +14,6 @@ from llama_index.core.ingestion import run_transformations
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.schema import (
     BaseNode,
-    Document,
     NodeWithScore,
     QueryBundle,
     TransformComponent,
@@ -24,8 +23,10 @@ from llama_index_instrumentation import get_dispatcher
 
 from hcache_rag.errors import SourceError
 from hcache_rag.indexing import PrecomputeReport
+from hcache_rag.llama_index.arguments import expect, expect_documents
 from hcache_rag.llama_index.defaults import default_embedding
 from hcache_rag.llama_index.llm import HCacheLLM
+from hcache_rag.llama_index.model_choice import STATES, remember_model
 from hcache_rag.llama_index.nearest import IndexKind
 from hcache_rag.llama_index.owning import claim, disown, settle
 from hcache_rag.llama_index.persisted import MANIFEST, IndexFolder
@@ -37,8 +38,8 @@ from hcache_rag.openmp import give_back_threads
 logger = logging.getLogger("hcache_rag")
 _dispatcher = get_dispatcher(__name__)
 
-STATES = "states"
 CHUNK_TOKENS = 512
+_MADE = "Document(text=..., id_=...) makes one"
 
 
 class HCacheRetriever(BaseRetriever):
@@ -80,13 +81,19 @@ class HCacheRetriever(BaseRetriever):
     def wrap(
         cls, retriever: BaseRetriever, llm: HCacheLLM, *, prefetch: bool = True
     ) -> HCacheRetriever:
-        """Put any LlamaIndex retriever inside."""
+        """Put any LlamaIndex retriever inside.
+
+        Raises:
+            TypeError: it is none; an index has one, `index.as_retriever()`.
+        """
+        expect("retriever", retriever, BaseRetriever, "an index has one: index.as_retriever()")
+        _expect_llm(llm)
         return cls(retriever, llm, prefetch=prefetch)
 
     @classmethod
     def from_documents(
         cls,
-        documents: Sequence[Document],
+        documents: Sequence[BaseNode],
         *,
         llm: HCacheLLM,
         embed_model: BaseEmbedding | None = None,
@@ -120,8 +127,11 @@ class HCacheRetriever(BaseRetriever):
 
         Raises:
             StoreFullError: no room for a state; the states before it stay.
+            TypeError: an argument of another kind.
         """
-        embed_model = embed_model or default_embedding()
+        _expect_llm(llm)
+        documents = expect_documents(documents)
+        embed_model = _embedding(embed_model)
         path = Path(persist_dir).expanduser() if persist_dir is not None else None
         _bind(llm, path)
         if transformations is None:
@@ -134,6 +144,7 @@ class HCacheRetriever(BaseRetriever):
         claim(llm, nodes)
         if folder is not None:
             folder.save(made)
+            remember_model(llm, folder.path)
         settle(llm, nodes)
         before = {source_of(node) for node in known.nodes} if known is not None else set()
         disown(llm, sources=before - {source_of(node) for node in nodes})
@@ -166,9 +177,10 @@ class HCacheRetriever(BaseRetriever):
         Raises:
             SourceError: there is no index in `persist_dir`, or it was made with another embedding.
         """
+        _expect_llm(llm)
         folder = IndexFolder(Path(persist_dir).expanduser())
         found = folder.load(index)
-        embed_model = embed_model or default_embedding()
+        embed_model = _embedding(embed_model)
         if found.embedding_name != embed_model.model_name:
             raise SourceError(
                 f"the index in {folder.path} was made with the embedding "
@@ -187,19 +199,20 @@ class HCacheRetriever(BaseRetriever):
     # Documents that change.
 
     @_dispatcher.span
-    def insert(self, document: Document) -> None:
+    def insert(self, document: BaseNode) -> None:
         """Split, embed and read a document that is not in the index yet.
 
         Raises:
             ValueError: one with its id is; see `update` and `refresh`.
             StoreFullError: no room for its states; the index stays as it was.
         """
+        expect("document", document, BaseNode, _MADE)
         if self._index.nodes_of([document.id_]):
             raise ValueError(f"document {document.id_!r} is in the index; update or refresh it")
         self._change([document])
 
     @_dispatcher.span
-    def update(self, document: Document) -> None:
+    def update(self, document: BaseNode) -> None:
         """Let a document take the place of the one with the same id, or come if there is none.
 
         What its texts have in common with the old ones, from their beginnings on, is not read
@@ -208,6 +221,7 @@ class HCacheRetriever(BaseRetriever):
         Raises:
             StoreFullError: no room for its states; the index stays as it was.
         """
+        expect("document", document, BaseNode, _MADE)
         self._change([document])
 
     @_dispatcher.span
@@ -217,10 +231,11 @@ class HCacheRetriever(BaseRetriever):
         Returns:
             False where there was none.
         """
+        expect("ref_doc_id", ref_doc_id, str, "a document's is its id_")
         return self._change([], [ref_doc_id])
 
     @_dispatcher.span
-    def refresh(self, documents: Sequence[Document]) -> list[bool]:
+    def refresh(self, documents: Sequence[BaseNode]) -> list[bool]:
         """Insert the documents that are new, and update those that have changed.
 
         A document has changed where its text or its metadata has. Others in the index stay.
@@ -231,6 +246,7 @@ class HCacheRetriever(BaseRetriever):
         Raises:
             StoreFullError: no room for their states; the index stays as it was.
         """
+        documents = expect_documents(documents)
         changed = [self._hash_of(document.id_) != document.hash for document in documents]
         self._change([d for d, is_changed in zip(documents, changed, strict=True) if is_changed])
         return changed
@@ -241,7 +257,7 @@ class HCacheRetriever(BaseRetriever):
             return node.source_node.hash if node.source_node is not None else node.hash
         return None
 
-    def _change(self, documents: Sequence[Document], deleted: Collection[str] = ()) -> bool:
+    def _change(self, documents: Sequence[BaseNode], deleted: Collection[str] = ()) -> bool:
         """Put documents into the place of those with the same ids, and delete others.
 
         States come before their nodes and go after them: whenever this is ended, every node has
@@ -325,6 +341,18 @@ class HCacheRetriever(BaseRetriever):
             self._llm.engine.prefetch(texts)
         give_back_threads()  # the embedding's; the answer may be computed on another thread
         return nodes
+
+
+def _expect_llm(llm: object) -> None:
+    expect("llm", llm, HCacheLLM, "only it can restore what it has read")
+
+
+def _embedding(embed_model: BaseEmbedding | None) -> BaseEmbedding:
+    """The one that was given, or the bundled one."""
+    if embed_model is None:
+        return default_embedding()
+    expect("embed_model", embed_model, BaseEmbedding, "None is the bundled all-MiniLM-L6-v2")
+    return embed_model
 
 
 def _top_k_name(retriever: BaseRetriever) -> str:

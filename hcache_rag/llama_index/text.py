@@ -17,6 +17,12 @@ def source_of(node: BaseNode) -> str:
     return node.ref_doc_id or node.node_id
 
 
+def file_of(node: BaseNode) -> str:
+    """What a person calls where a node comes from: a file's name, or else the node's id."""
+    named = node.metadata.get("file") or node.metadata.get("file_name")
+    return str(named or node.node_id)
+
+
 def llm_texts(nodes: Sequence[BaseNode]) -> list[str]:
     """`llm_text` of every node that has any."""
     return [text for text in map(llm_text, nodes) if text]

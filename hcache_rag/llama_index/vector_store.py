@@ -17,6 +17,7 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQueryResult,
 )
 
+from hcache_rag.llama_index.arguments import expect, refuse_unknown
 from hcache_rag.llama_index.llm import HCacheLLM
 from hcache_rag.llama_index.owning import disown, own
 from hcache_rag.llama_index.precompute import precompute
@@ -60,6 +61,9 @@ class HCacheVectorStore(BasePydanticVectorStore):
     _llm: HCacheLLM = PrivateAttr()
 
     def __init__(self, inner: BasePydanticVectorStore, llm: HCacheLLM, **kwargs: Any) -> None:
+        expect("inner", inner, BasePydanticVectorStore, "HCacheVectorStore(vector_store, llm)")
+        expect("llm", llm, HCacheLLM)
+        refuse_unknown(kwargs, type(self).model_fields)
         super().__init__(
             stores_text=inner.stores_text, is_embedding_query=inner.is_embedding_query, **kwargs
         )

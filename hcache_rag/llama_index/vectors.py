@@ -199,6 +199,8 @@ class VectorRetriever(BaseRetriever):
         filters: MetadataFilters | None = None,
     ) -> None:
         super().__init__()
+        if similarity_top_k < 1:
+            raise ValueError(f"similarity_top_k must be positive, not {similarity_top_k}")
         self.index = index
         self.embed_model = embed_model
         self.similarity_top_k = similarity_top_k

@@ -23,7 +23,9 @@ def load_config(path: str) -> Any:
     from transformers import AutoConfig
 
     if not os.path.isdir(path):
-        raise ModelNotFoundError(f"{path} is not a model: no such folder")
+        raise ModelNotFoundError(
+            f"{path} is not a model: no such folder; none is downloaded, give a model's folder"
+        )
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -44,10 +46,12 @@ def load_model(
 
     Raises:
         ModelNotFoundError: the folder holds no model that transformers can load.
-        UnsupportedModelError: models of its kind cannot be served.
+        UnsupportedModelError: models of its kind cannot be served, or the device is not there.
+        ValueError: there are no devices of that name.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    place = _device(device)
     load_config(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -56,5 +60,15 @@ def load_model(
         reason = str(error).strip().splitlines()[0]
         raise ModelNotFoundError(f"{path} cannot be loaded: {reason}") from error
     model.eval()
-    model.to(torch.device(device))
+    model.to(place)
     return model, tokenizer
+
+
+def _device(name: str) -> torch.device:
+    try:
+        place = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is 'cpu' or 'cuda', not {name!r}") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedModelError(f"device is {name!r}, but torch sees no CUDA device here")
+    return place

@@ -4,7 +4,8 @@ For programs that retrieve with an index of their own: `hcache-index SOURCE --st
 state store that `HCacheLLM(store=DIR)` reads. SOURCE is a folder of documents, or a file of JSON
 lines or Parquet. With --shards, the store is made of shards, which may be filled by many workers:
 by this process, one shard after another; by those of SLURM, Kubernetes or torchrun (--shard auto);
-or on Ray (--ray). Killed and started again, each goes on where it was.
+or on Ray (--ray). Killed and started again, each goes on where it was. Without it, all texts are in
+memory at once.
 """
 
 from __future__ import annotations
@@ -20,27 +21,39 @@ from pathlib import Path
 from tqdm import tqdm
 
 from hcache_indexers.workers import Worker, worker_of
+from hcache_rag.cli.console import quiet_transformers
+from hcache_rag.corpus import Corpus
 from hcache_rag.errors import HCacheError
 from hcache_rag.indexing import PrecomputeReport
 from hcache_rag.offline import OnProgress, Progress, ShardReport
+from hcache_rag.sequences import BATCH_TOKENS
 from hcache_rag.sources import read_folder
-from hcache_rag.store.manifest import MANIFEST_FILE, Manifest
+from hcache_rag.store.manifest import MANIFEST_FILE, UNIT_DOCUMENTS, Manifest
 from hcache_rag.worth import Worth
 
 
 def index_states(
-    folder: Path, states: Path, *, model: str | None = None, show_progress: bool = False
+    source: Path,
+    states: Path,
+    *,
+    model: str | None = None,
+    dtype: str = "float32",
+    text_column: str = "text",
+    show_progress: bool = False,
 ) -> PrecomputeReport:
-    """Store the states of every file of `folder` in a store of one file, each as one document.
+    """Store the states of every document of `source` in a store of one file.
+
+    Args:
+        source: a folder, whose files are documents, or a file of JSON lines or Parquet.
+        text_column: of the latter.
 
     Raises:
         SourceError, ModelError, StoreError: see there.
     """
     from hcache_rag.llama_index import HCacheLLM
 
-    contents = read_folder(folder)
-    texts = [file.text for file in contents.files]
-    llm = HCacheLLM(model, store=states)
+    texts, skipped = _read(source, text_column)
+    llm = HCacheLLM(model, dtype=dtype, store=states)
     try:
         with tqdm(total=len(texts), unit="doc", disable=not show_progress) as bar:
 
@@ -49,19 +62,33 @@ def index_states(
                 bar.refresh()
 
             report = llm.engine.precompute(texts, on_progress=advance)
-            return replace(report, skipped=(*contents.skipped, *report.skipped))
+            return replace(report, skipped=(*skipped, *report.skipped))
     finally:
         llm.close()
 
 
+def _read(source: Path, text_column: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """All texts, and what was passed over, with the reason."""
+    if not source.expanduser().is_file():
+        contents = read_folder(source)
+        return [file.text for file in contents.files], list(contents.skipped)
+    skipped: list[tuple[str, str]] = []
+    corpus = Corpus(source.expanduser(), text_column)
+    found = [document.text for document in corpus.documents(lambda *it: skipped.append(it))]
+    return found, skipped
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of the job."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    is_sharded = options.shards or options.shard or options.ray or _is_sharded(options.states)
+    for name in () if is_sharded else _SHARDED:
+        if getattr(options, name):
+            parser.error(f"--{name.replace('_', '-')} goes with --shards")
     try:
-        if options.shards or options.shard or options.ray or _is_sharded(options.states):
-            _index_shards(options)
-        else:
-            _index_one_file(options)
+        with quiet_transformers():
+            (_index_shards if is_sharded else _index_one_file)(options)
     except (HCacheError, ValueError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -72,19 +99,54 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hcache-index", description=__doc__)
     add = parser.add_argument
-    add("folder", type=Path, metavar="source", help="folder of documents, or a .jsonl or .parquet")
-    add("--states", type=Path, required=True, help="folder of the state store")
-    add("--model", help="folder of a transformers model")
-    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="it is loaded as")
-    add("--text-column", default="text", help="of JSON lines and Parquet")
-    add("--shards", type=int, help="make a store of so many shards")
+    add("source", type=Path, metavar="SOURCE", help="folder of documents, or a .jsonl or .parquet")
+    add("--states", type=Path, required=True, metavar="DIR", help="folder of the state store")
+    add("--model", metavar="DIR", help="folder of a transformers model (default: the bundled one)")
+    add(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="what the model is loaded as (default: %(default)s)",
+    )
+    add(
+        "--text-column",
+        default="text",
+        metavar="NAME",
+        help="column of JSON lines and Parquet that holds the text (default: %(default)s)",
+    )
+    add = parser.add_argument_group("shards").add_argument
+    add("--shards", type=_positive, metavar="N", help="make a store of so many shards")
     add("--shard", metavar="I/N", help="work as worker I of N (from 0); 'auto' asks the launcher")
-    add("--ray", type=int, metavar="ACTORS", help="work with so many Ray actors")
-    add("--unit-documents", type=int, help="documents of a unit of work")
-    add("--batch-tokens", type=int, help="tokens that the model reads at once")
+    add("--ray", type=_positive, metavar="ACTORS", help="work with so many Ray actors")
+    add(
+        "--unit-documents",
+        type=_positive,
+        metavar="N",
+        help=f"documents of a unit of work (default: {UNIT_DOCUMENTS})",
+    )
+    add(
+        "--batch-tokens",
+        type=_positive,
+        metavar="N",
+        help=f"tokens that the model reads at once (default: {BATCH_TOKENS})",
+    )
     add("--publish", action="store_true", help="make the shards final when they are done")
-    add("--price-per-hour", type=float, help="of this machine, for the report")
+    add("--price-per-hour", type=float, metavar="X", help="what this machine costs, for the report")
     return parser
+
+
+_SHARDED = ("unit_documents", "batch_tokens", "publish", "price_per_hour")
+"""Options that mean nothing for a store of one file."""
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+_positive.__name__ = "positive number"  # argparse says it
 
 
 def _is_sharded(states: Path) -> bool:
@@ -92,7 +154,14 @@ def _is_sharded(states: Path) -> bool:
 
 
 def _index_one_file(options: argparse.Namespace) -> None:
-    report = index_states(options.folder, options.states, model=options.model, show_progress=True)
+    report = index_states(
+        options.source,
+        options.states,
+        model=options.model,
+        dtype=options.dtype,
+        text_column=options.text_column,
+        show_progress=True,
+    )
     for name, reason in report.skipped:
         sys.stderr.write(f"skipped {name}: {reason}\n")
     sys.stdout.write(
@@ -112,7 +181,7 @@ def _index_shards(options: argparse.Namespace) -> None:
     worker = worker_of(options.shard, os.environ) if options.shard else Worker(0, 1)
     given.setdefault("shards", options.shards or DEFAULT_SHARDS)
     job = Job(
-        options.folder,
+        options.source,
         options.states,
         model=options.model and os.path.abspath(options.model),
         dtype=options.dtype,
