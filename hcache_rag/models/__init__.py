@@ -1,18 +1,12 @@
 """Language models as capturing and restoring see them: families, adapters, loading."""
 
-from hcache_rag.models.adapter import (
-    KEY,
-    QUERY,
-    VALUE,
-    CapturedLayer,
-    ModelAdapter,
-    Projection,
-    in_heads,
-)
+from hcache_rag.models.adapter import CapturedLayer, ModelAdapter
 from hcache_rag.models.configuration import spec_of, why_refused
 from hcache_rag.models.families import FAMILIES, Family, Positions
 from hcache_rag.models.hooks import inputs_of, outputs_of
 from hcache_rag.models.loading import load_config, load_model
+from hcache_rag.models.projecting import Projection, in_heads
+from hcache_rag.models.taps import KEY, QUERY, VALUE
 from hcache_rag.models.tensors import bit_words, tensor_of, torch_dtype
 
 __all__ = [
