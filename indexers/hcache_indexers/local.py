@@ -22,6 +22,7 @@ from tqdm import tqdm
 from hcache_indexers.workers import Worker, worker_of
 from hcache_rag.errors import HCacheError
 from hcache_rag.indexing import PrecomputeReport
+from hcache_rag.models import device_named
 from hcache_rag.offline import OnProgress, Progress, ShardReport
 from hcache_rag.sources import read_folder
 from hcache_rag.store.manifest import MANIFEST_FILE, Manifest
@@ -29,7 +30,13 @@ from hcache_rag.worth import Worth
 
 
 def index_states(
-    folder: Path, states: Path, *, model: str | None = None, show_progress: bool = False
+    folder: Path,
+    states: Path,
+    *,
+    model: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    show_progress: bool = False,
 ) -> PrecomputeReport:
     """Store the states of every file of `folder` in a store of one file, each as one document.
 
@@ -40,7 +47,7 @@ def index_states(
 
     contents = read_folder(folder)
     texts = [file.text for file in contents.files]
-    llm = HCacheLLM(model, store=states)
+    llm = HCacheLLM(model, dtype=dtype, device=device, store=states)
     try:
         with tqdm(total=len(texts), unit="doc", disable=not show_progress) as bar:
 
@@ -56,7 +63,12 @@ def index_states(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of the job."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        device_named(options.device)
+    except ValueError as error:
+        parser.error(f"argument --device: {error}")
     try:
         if options.shards or options.shard or options.ray or _is_sharded(options.states):
             _index_shards(options)
@@ -76,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--states", type=Path, required=True, help="folder of the state store")
     add("--model", help="folder of a transformers model")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="it is loaded as")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, or auto, a GPU if torch sees one")
     add("--text-column", default="text", help="of JSON lines and Parquet")
     add("--shards", type=int, help="make a store of so many shards")
     add("--shard", metavar="I/N", help="work as worker I of N (from 0); 'auto' asks the launcher")
@@ -92,7 +105,14 @@ def _is_sharded(states: Path) -> bool:
 
 
 def _index_one_file(options: argparse.Namespace) -> None:
-    report = index_states(options.folder, options.states, model=options.model, show_progress=True)
+    report = index_states(
+        options.folder,
+        options.states,
+        model=options.model,
+        dtype=options.dtype,
+        device=options.device,
+        show_progress=True,
+    )
     for name, reason in report.skipped:
         sys.stderr.write(f"skipped {name}: {reason}\n")
     sys.stdout.write(
@@ -116,6 +136,7 @@ def _index_shards(options: argparse.Namespace) -> None:
         options.states,
         model=options.model and os.path.abspath(options.model),
         dtype=options.dtype,
+        device=options.device,
         text_column=options.text_column,
         **{name: value for name, value in given.items() if value is not None},
     )
