@@ -32,6 +32,8 @@ SHAPES = {
 }
 """Widths of a layer's input, and of its K and V together."""
 TOKENS = (256, 1024, 4096)
+LARGEST_PRODUCT = 1 << 35
+"""Multiplications; larger ones take minutes, and show nothing new."""
 DTYPES = (torch.float32, torch.bfloat16)
 TEXT = (Path(__file__).parent.parent / "docs" / "design.md").read_text()
 
@@ -132,6 +134,8 @@ def int8_products(is_quick: bool) -> list[dict[str, Any]]:
     )
     for name, (width, out_width) in shapes.items():
         for tokens in tokens_of:
+            if width * out_width * tokens > LARGEST_PRODUCT:
+                continue
             piece = Products(width, out_width, tokens)
             repeats = max(3, min(15, int(1e10 / (width * out_width * tokens))))
             calls: dict[str, Callable[[], object]] = {}
