@@ -103,7 +103,7 @@ def test_the_speedup_is_measured() -> None:
 
 def test_float16_is_refused_on_a_cpu_at_once(tmp_path: Path) -> None:
     """With the reason and what to do, before anything is loaded; a GPU may have it."""
-    with pytest.raises(ValueError, match="in float16 on a CPU.* load it in bfloat16 or float32"):
+    with pytest.raises(ValueError, match=r"in float16 on a CPU.* load it in bfloat16 or float32"):
         load_model(str(tmp_path / "nothing"), dtype="float16")
     assert dtype_named("float16", GPU) is torch.float16
     with pytest.raises(ValueError, match="unknown dtype 'float17'"):

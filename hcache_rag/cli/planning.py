@@ -62,7 +62,7 @@ def profile(
     with quiet_transformers(), status("loading the model", not as_json) as update:
         from hcache_rag.choice import choose_layout
         from hcache_rag.llama_index.folder import measure_machine
-        from hcache_rag.models import bfloat16_speedup
+        from hcache_rag.models import bfloat16_speedup, device_named
 
         measured, path = measure_machine(
             store.expanduser(),
@@ -72,7 +72,8 @@ def profile(
             device=device,
             on_step=lambda step: update(f"timing {step}"),
         )
-        speedup = bfloat16_speedup()
+        is_on_cpu = device_named(device).type == "cpu"
+        speedup = bfloat16_speedup() if is_on_cpu else None
     if as_json:
         result = {"path": str(path), "profile": asdict(measured), "bfloat16_speedup": speedup}
         print_json(result)
@@ -97,7 +98,8 @@ def profile(
         table.add_row(name, *(f"{cost(tokens) * 1e3:.2f} ms" for tokens in (64, 256, 1024)))
     out.print(table)
     say(out, "best mix: ", "bold", _mix_in_words(choose_layout(spec, measured)))
-    say(out, "computing in bfloat16: ", "bold", _advice(speedup))
+    if speedup is not None:
+        say(out, "computing in bfloat16: ", "bold", _advice(speedup))
     say(out, "kept in ", "", str(path))
 
 
