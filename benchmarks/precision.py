@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def int8_products(is_quick: bool) -> list[dict[str, Any]]:
             calls: dict[str, Callable[[], object]] = {}
             for dtype in DTYPES:
                 for way in (piece.floats, piece.ints, piece.ints_by_chunk):
-                    calls[f"{dtype} {way.__name__}"] = lambda way=way, dtype=dtype: way(dtype)
+                    calls[f"{dtype} {way.__name__}"] = partial(way, dtype)
             seconds = interleaved(calls, repeats)
             line = f"  {name:20}{tokens:7,}"
             for dtype in DTYPES:
@@ -256,7 +257,7 @@ def compute_dtypes(is_quick: bool) -> list[dict[str, Any]]:
     print(f"\nSmolLM2-135M, {len(passage):,} characters; ms in float32, in bfloat16, their ratio")
     for name in (n.partition(" ")[2] for n in calls if n.startswith("float32")):
         full, half = (seconds[f"{dtype} {name}"] for dtype in ("float32", "bfloat16"))
-        row = {
+        row: dict[str, Any] = {
             "what": "compute_dtype",
             "step": name,
             "float32_s": statistics.median(full),

@@ -76,7 +76,7 @@ def why_not_in(dtype: torch.dtype, place: torch.device) -> str | None:
 def pays_bfloat16(place: torch.device) -> bool:
     """Whether computing in bfloat16 is worth its loss of digits; measured on a CPU, some 0.1 s."""
     if place.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bfloat16_speedup() >= PAYS_FROM
 
 
@@ -86,7 +86,7 @@ def bfloat16_speedup() -> float:
     The fastest of a few products each, taken in turns, on torch's threads.
     """
     rows, width, out_width = _SHAPE
-    best = {}
+    best = dict[torch.dtype, float]()
     pairs = {
         dtype: (torch.ones(rows, width, dtype=dtype), torch.ones(width, out_width, dtype=dtype))
         for dtype in (torch.float32, torch.bfloat16)
