@@ -19,6 +19,9 @@ Where reads are as they are, the planner has seen a few such requests before.
 
 Methods that come to the same restore (say, the plan is to read K and V) are run once.
 
+Before that, pairs: SmolLM2 in float32 and in bfloat16, and projections of int8 rows by products of
+floats and of integers, with what these err. `--only precision` runs them alone.
+
 lower bound: max(bytes / read rate, the plan's computing), the latter taken from an unpaced run of
 the same plan next to the paced one. fresh: of the time, what the pass over the question takes.
 """
@@ -34,6 +37,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import precision
 from common import (
     Target,
     arguments,
@@ -115,6 +119,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--documents", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--regimes", nargs="+", default=[*REGIMES, *AS_THEY_ARE])
+    parser.add_argument("--only", choices=["precision", "restore"], help="one half of it")
     parser.add_argument("--repeats", type=int, help="default 3, with --quick 1")
     options = parser.parse_args()
     quiet_transformers()
@@ -123,7 +128,10 @@ def main() -> None:
         options.regimes = ["a100-4ssd"]
     repeats = options.repeats or (1 if options.quick else 3)
     rows: list[dict[str, Any]] = [planning()]
-    for name in options.models:
+    if options.only != "restore":
+        rows += precision.compute_dtypes(options.quick)
+        rows += precision.int8_products(options.quick)
+    for name in options.models if options.only != "precision" else ():
         with tempfile.TemporaryDirectory(prefix="bench-restore-") as place:
             bench = Bench(name, Path(place), max(options.tokens))
             rows.append(step_over_gemm(bench))
@@ -330,8 +338,10 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[Target]:
     """The project's targets, each at its worst place in this run."""
     restores = [row for row in rows if row["what"] == "restore_s"]
     plans = [row for row in restores if row["method"] in ("plan", "plan8")]
-    targets = [
-        at_most("planning, 80 layers, 20 documents, ms", 1e3 * rows[0]["p50"], 2.0),
+    targets = [at_most("planning, 80 layers, 20 documents, ms", 1e3 * rows[0]["p50"], 2.0)]
+    if not plans:
+        return targets
+    targets += [
         at_most("plan / lower bound, worst", max(row["over_bound"] for row in plans), 1.10),
         at_most(
             "plan: |measured / predicted - 1|, worst",

@@ -1,6 +1,6 @@
 """What does keeping states in fewer bytes cost, in answers and on disk?
 
-    python benchmarks/bench_storage.py [--quick] [--json] [--data FOLDER]
+    python benchmarks/bench_storage.py [--quick] [--json] [--data FOLDER] [--only FORM ...]
 
 SmolLM2-135M-Instruct in float32 over SQuAD passages (one each, exact) and HotpotQA records (four
 passages, relocated, nothing repaired). For every form that states can be stored in: KL of the
@@ -8,7 +8,8 @@ next-token distribution against the unquantised states, over all tokens of the q
 last one, where the answer begins; how often the most probable token is the same; bytes of a token.
 
 The yardstick is the last row: the same model computing in bfloat16, which people accept. A form may
-be the default if it moves the distribution by at most a quarter of that.
+be the default if it moves the distribution by at most a quarter of that. "int8 weights" is what
+the default for hidden states would give if they were projected by integer products.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from typing import Any
 
 import torch
 from common import ROOT, arguments, at_most, finish, machine, quiet_transformers
+from precision import rounded_projections
 
 from hcache_rag import HCacheEngine
 from hcache_rag.bundled import default_model_path
 from hcache_rag.choice import DEFAULT_HIDDEN_DTYPE, DEFAULT_KV_DTYPE
+from hcache_rag.layout import Representation
 from hcache_rag.models import load_model
 from hcache_rag.quality import divergence, fresh_logits
 
@@ -41,6 +44,7 @@ FORMS = [
     ("hidden", "int8-g64"),
     ("hidden", "int8-smooth"),
 ]
+INT8_WEIGHTS = "hidden int8-smooth, int8 weights"
 
 
 def prompts_of(data: Path, squad: int, hotpot: int) -> list[tuple[list[str], str]]:
@@ -65,6 +69,8 @@ def text_of(passages: Sequence[str], question: str) -> str:
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    names = [*map(" ".join, FORMS), INT8_WEIGHTS]
+    parser.add_argument("--only", nargs="+", metavar="FORM", choices=names, help=", ".join(names))
     options = parser.parse_args()
     quiet_transformers()
     if not (options.data / "squad_small.json").is_file():
@@ -75,7 +81,9 @@ def main() -> None:
 
     models = {dtype: load_model(path, dtype=dtype) for dtype in ("float32", "bfloat16")}
 
-    def logits(form: tuple[str, str], dtype: str = "float32") -> tuple[list[torch.Tensor], float]:
+    def logits(
+        form: tuple[str, str], dtype: str = "float32", *, has_int8_weights: bool = False
+    ) -> tuple[list[torch.Tensor], float]:
         model, tokenizer = models[dtype]
         with (
             tempfile.TemporaryDirectory(prefix="bench-storage-") as folder,
@@ -90,6 +98,13 @@ def main() -> None:
             ) as engine,
         ):
             report = engine.precompute(documents)
+            if has_int8_weights:
+                adapter, ids = engine.adapter, tokenizer(documents[0]).input_ids
+                kept = [Representation.HIDDEN] * adapter.spec.num_layers
+                after = adapter.prefill(tokenizer(PREAMBLE).input_ids)
+                adapter.projections = rounded_projections(
+                    adapter, adapter.capture([ids], kept, after)
+                )
             found = [fresh_logits(engine, text_of(*prompt)) for prompt in prompts]
         return found, report.stored_bytes / report.stored_tokens
 
@@ -109,8 +124,11 @@ def main() -> None:
 
     report("kv float32", reference, size)
     plain = ("float32", "float16") if options.quick else ()
-    for form in (f for f in FORMS if f[1] not in plain):
+    wanted = options.only or [" ".join(form) for form in FORMS if form[1] not in plain]
+    for form in (f for f in FORMS if " ".join(f) in wanted):
         report(" ".join(form), *logits(form))
+    if options.only is None or INT8_WEIGHTS in options.only:
+        report(INT8_WEIGHTS, *logits(("hidden", "int8-smooth"), has_int8_weights=True))
     yardstick = report("computing in bf16", *logits(("kv", "bfloat16"), "bfloat16"))
     defaults = (f"hidden {DEFAULT_HIDDEN_DTYPE}", f"kv {DEFAULT_KV_DTYPE}")
     targets = [

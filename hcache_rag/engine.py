@@ -30,7 +30,7 @@ from hcache_rag.indexing import Indexer, PrecomputeReport
 from hcache_rag.layout import StateLayout
 from hcache_rag.measure import find_profile
 from hcache_rag.missed import MissedReader
-from hcache_rag.models import ModelAdapter
+from hcache_rag.models import ModelAdapter, why_not_in
 from hcache_rag.openmp import give_back_threads, lent_threads
 from hcache_rag.paths import MAX_BYTES, Paths
 from hcache_rag.planner import Planner
@@ -96,7 +96,7 @@ class HCacheEngine:
         name: what a person calls the model.
 
     Raises:
-        UnsupportedModelError: this model, tokenizer or device cannot be restored on.
+        UnsupportedModelError: this model, tokenizer, dtype or device cannot be restored on.
         StoreOpenError: `store` is a path that cannot hold a store.
     """
 
@@ -138,6 +138,9 @@ class HCacheEngine:
             raise UnsupportedModelError(
                 f"the model is on {adapter.device}; states are restored on " + " and ".join(DEVICES)
             )
+        does_not_go = why_not_in(adapter.dtype, adapter.device)
+        if does_not_go is not None:
+            raise UnsupportedModelError(does_not_go)
         self.tokenizer = tokenizer
         self._tokens = Tokenizer(tokenizer, tokenization)
         if profile == "auto":

@@ -31,6 +31,7 @@ COMMANDS = {
         "--store",
         "--model",
         "--dtype",
+        "--device",
         "--representation",
         "--storage-dtype",
         "--context-at-index",
@@ -44,6 +45,7 @@ COMMANDS = {
         "--questions",
         "--model",
         "--dtype",
+        "--device",
         "--context-at-index",
         "--share",
         "--tolerance",
@@ -56,10 +58,10 @@ COMMANDS = {
         "--figure",
         "--json",
     ],
-    "ask": ["QUESTION", "--store", "--top-k", "--max-new-tokens", "--json"],
+    "ask": ["QUESTION", "--store", "--top-k", "--max-new-tokens", "--device", "--json"],
     "stats": ["--store", "--json"],
     "doctor": ["--store", "--model", "--json"],
-    "profile": ["--store", "--model", "--dtype", "--quick", "--json"],
+    "profile": ["--store", "--model", "--dtype", "--device", "--quick", "--json"],
     "plan": [
         "--model",
         "--tokens",
@@ -472,7 +474,11 @@ def test_an_index_whose_model_is_gone_is_one_line(run: Run, folder: Path, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["index", "docs", "--dtype", "float17"], "'float17' is not one of float32, bfloat16"),
+        (
+            ["index", "docs", "--dtype", "float17"],
+            "'float17' is not one of float32, bfloat16, auto",
+        ),
+        (["index", "docs", "--dtype", "float16"], "'float16' is not one of"),
         (["index", "docs", "--representation", "pixels"], "not one of auto, hidden, kv"),
         (["index"], "Missing argument"),
         (["index", "docs", "more"], "more"),

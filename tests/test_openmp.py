@@ -9,16 +9,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny import SHAPES, byte_tokenizer, tiny_model
+from tiny import SHAPES, Shape, byte_tokenizer, tiny_model
 
 from hcache_rag import GenerationOptions, HCacheEngine
+from hcache_rag.executor import Execution
 from hcache_rag.openmp import give_back_threads, lent_threads
 from hcache_rag.provenance import Generation, Provenance
 from hcache_rag.streaming import GenerationStream
 
+WIDE = Shape("wide", hidden_size=128, heads=4, kv_heads=4, head_dim=32)
+"""Wide enough for torch to compute on all its threads."""
 TASKS = Path("/proc/self/task")
 PATIENCE_S = 60.0
 """An ended thread is in the kernel's list for a moment; this long is a failure."""
@@ -154,6 +158,37 @@ def test_an_engine_keeps_no_threads_between_its_calls(tmp_path: Path) -> None:
             on_text=lambda _: pools.append(compute()),
         )
         assert end(pools[-1])
+
+
+def test_a_restore_runs_on_torch_s_threads_and_one_that_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted where the model computes, and where the lane reads, in every step of both."""
+    seen: list[set[str]] = []
+    give_back_threads()
+    before = tasks()
+
+    def count(*_: object) -> None:
+        seen.append(tasks() - before)
+
+    read_chunk = Execution._read_chunk
+
+    def read(*args: Any) -> Any:
+        count()
+        return read_chunk(*args)
+
+    monkeypatch.setattr(Execution, "_read_chunk", read)
+    text = "A text to be read. " * 100
+    with HCacheEngine(tiny_model(WIDE), byte_tokenizer(), tmp_path / "states") as engine:
+        engine.precompute([text])
+        end(tasks() - before)  # what reading it has used
+        for layer in engine.adapter.layers:
+            layer.register_forward_pre_hook(count)
+        answer = engine.generate(f"{text}\nIs it?", options=GenerationOptions(max_new_tokens=3))
+        assert answer.provenance.restored_tokens > 1000
+    torch_s = torch.get_num_threads() - 1  # beside the thread that calls
+    most = max(seen, key=len)
+    assert torch_s <= len(most) <= torch_s + 1, most
 
 
 def test_a_torch_on_another_openmp_is_left_alone() -> None:

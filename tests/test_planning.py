@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,9 @@ def test_a_measured_profile_is_kept_and_used(run: Run, model: str, tmp_path: Pat
     assert measured.code == 0, measured.err
     assert "64" in measured.out
     assert "best mix" in measured.out
+    assert re.search(
+        r"computing in bfloat16: this CPU multiplies matrices [\d.]+x as", measured.out
+    )
     profile = find_profile(store / "states")
     assert profile is not None
     assert profile.name == machine_name()

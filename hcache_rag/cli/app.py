@@ -17,8 +17,10 @@ from hcache_rag import __version__
 from hcache_rag.cli import chatting, keeping, planning, selftest
 from hcache_rag.cli.console import (
     DEFAULT_STORE,
+    DeviceOption,
     JsonOption,
     StoreOption,
+    check_device,
     dial_position,
     err,
     one_of,
@@ -80,7 +82,10 @@ def index(
         str | None,
         typer.Option(help="Folder of a transformers model. (default: SmolLM2-135M-Instruct)"),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, or auto: bfloat16 where `profile` says it pays.")
+    ] = "float32",
+    device: DeviceOption = "auto",
     representation: Annotated[
         str, typer.Option(help="What states keep: auto, hidden or kv.")
     ] = "auto",
@@ -109,7 +114,8 @@ def index(
     """Read every document of FOLDER once and keep its states."""
     from hcache_rag.sources import read_folder
 
-    one_of("--dtype", dtype, ("float32", "bfloat16"))
+    one_of("--dtype", dtype, ("float32", "bfloat16", "auto"))
+    check_device(device)
     one_of("--representation", representation, ("auto", "hidden", "kv"))
     if storage_dtype is not None:
         known = STORAGE_DTYPES[Representation("kv" if representation == "kv" else "hidden")]
@@ -135,6 +141,7 @@ def index(
             contents,
             persist_dir,
             choice,
+            device=device,
             on_progress=on_progress,
             on_measure=(lambda _step: None) if measure else None,
         )
@@ -197,10 +204,12 @@ def ask(
             "found, or else balanced."
         ),
     ] = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Answer QUESTION from an index."""
     dial = dial_position(fidelity)
+    check_device(device)
     from hcache_rag.llama_index.persisted import read_manifest
 
     persist_dir = store.expanduser()
@@ -210,7 +219,7 @@ def ask(
         from hcache_rag.llama_index.model_choice import ModelChoice
 
         llm = ModelChoice.of(persist_dir).load(
-            persist_dir, max_new_tokens=max_new_tokens, fidelity=dial
+            persist_dir, device=device, max_new_tokens=max_new_tokens, fidelity=dial
         )
     with quiet_transformers(), closing(llm):
         answer = ask_index(

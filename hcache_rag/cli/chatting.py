@@ -17,8 +17,10 @@ from rich.text import Text
 
 from hcache_rag.cli.console import (
     DEFAULT_STORE,
+    DeviceOption,
     JsonOption,
     StoreOption,
+    check_device,
     dial_position,
     err,
     out,
@@ -63,6 +65,7 @@ def chat(
     fidelity: Annotated[
         str, typer.Option(help="Closeness of passages to full prefill, as in `ask`.")
     ] = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Talk with a model that restores what was said before, also when it is started again.
@@ -70,6 +73,7 @@ def chat(
     Each line is a message. /exit, Ctrl-D or Ctrl-C ends it; an interrupted answer is forgotten.
     """
     dial = dial_position(fidelity)
+    check_device(device)
     if not name or name.startswith(".") or Path(name).name != name:
         raise typer.BadParameter(f"{name!r} is no file name", param_hint="--name")
     folder = store.expanduser()
@@ -90,7 +94,11 @@ def chat(
             ModelChoice.of(folder) if is_index else ModelChoice(model and os.path.abspath(model))
         )
         llm = choice.load(
-            folder, max_new_tokens=max_new_tokens, fidelity=dial, chat_memory="always"
+            folder,
+            device=device,
+            max_new_tokens=max_new_tokens,
+            fidelity=dial,
+            chat_memory="always",
         )
     with quiet_transformers(), closing(llm):
         retriever = None

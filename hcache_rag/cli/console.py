@@ -24,6 +24,12 @@ _P = ParamSpec("_P")
 StoreOption = Annotated[
     Path, typer.Option("--store", "-s", help="Folder that holds the index and the states.")
 ]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        help="Where the model computes: cpu, cuda, cuda:1, or auto, a GPU if torch sees one."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 DEFAULT_STORE = Path("hcache-store")
 
@@ -59,6 +65,22 @@ def one_of(option: str, value: str, known: tuple[str, ...]) -> None:
     """
     if value not in known:
         raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}", param_hint=option)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine has not.
+
+    Raises:
+        typer.BadParameter: naming the devices that there are.
+    """
+    if device in ("auto", "cpu"):
+        return
+    from hcache_rag.models import device_named
+
+    try:
+        device_named(device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from error
 
 
 def dial_position(fidelity: str) -> str | float:

@@ -16,8 +16,10 @@ from rich.text import Text
 
 from hcache_rag.cli.console import (
     DEFAULT_STORE,
+    DeviceOption,
     JsonOption,
     bar,
+    check_device,
     err,
     one_of,
     out,
@@ -83,6 +85,7 @@ def fidelity(
         str | None,
         typer.Option(help="float32 or bfloat16. (default: the store's, or float32)"),
     ] = None,
+    device: DeviceOption = "auto",
     context_at_index: ContextOption = None,
     share: Annotated[
         list[float] | None,
@@ -131,6 +134,7 @@ def fidelity(
     started = time.perf_counter()
     if dtype is not None:
         one_of("--dtype", dtype, ("float32", "bfloat16"))
+    check_device(device)
     if context_at_index is not None:
         one_of("--context-at-index", context_at_index, ("none", "documents"))
         if data is None:
@@ -161,7 +165,7 @@ def fidelity(
         asked = read_questions(questions.expanduser()) if questions is not None else []
         if write:
             open_states(persist_dir, read_only=False).close()  # before anything is measured
-        llm = choice.load(None if data is not None else persist_dir, fidelity="none")
+        llm = choice.load(None if data is not None else persist_dir, device=device, fidelity="none")
     count = records or (
         sources.QUICK_PROMPTS if quick else len(asked) if asked else sources.PROMPTS
     )

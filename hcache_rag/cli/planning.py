@@ -13,8 +13,10 @@ from rich.text import Text
 
 from hcache_rag.cli.console import (
     DEFAULT_STORE,
+    DeviceOption,
     JsonOption,
     StoreOption,
+    check_device,
     err,
     one_of,
     out,
@@ -49,21 +51,32 @@ def profile(
         str | None,
         typer.Option(help="Folder of a model. (default: the store's, or SmolLM2-135M-Instruct)"),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto.")] = "float32",
+    device: DeviceOption = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller samples.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure this machine for a model and a store, and keep the result beside the states."""
-    one_of("--dtype", dtype, ("float32", "bfloat16"))
+    one_of("--dtype", dtype, ("float32", "bfloat16", "auto"))
+    check_device(device)
     with quiet_transformers(), status("loading the model", not as_json) as update:
         from hcache_rag.choice import choose_layout
         from hcache_rag.llama_index.folder import measure_machine
+        from hcache_rag.models import bfloat16_speedup, device_named
 
         measured, path = measure_machine(
-            store.expanduser(), model, dtype, quick=quick, on_step=lambda s: update(f"timing {s}")
+            store.expanduser(),
+            model,
+            dtype,
+            quick=quick,
+            device=device,
+            on_step=lambda step: update(f"timing {step}"),
         )
+        is_on_cpu = device_named(device).type == "cpu"
+        speedup = bfloat16_speedup() if is_on_cpu else None
     if as_json:
-        print_json({"path": str(path), "profile": asdict(measured)})
+        result = {"path": str(path), "profile": asdict(measured), "bfloat16_speedup": speedup}
+        print_json(result)
         return
     spec, costs = measured.model, measured.costs
     if spec is None or costs is None:
@@ -85,6 +98,8 @@ def profile(
         table.add_row(name, *(f"{cost(tokens) * 1e3:.2f} ms" for tokens in (64, 256, 1024)))
     out.print(table)
     say(out, "best mix: ", "bold", _mix_in_words(choose_layout(spec, measured)))
+    if speedup is not None:
+        say(out, "computing in bfloat16: ", "bold", _advice(speedup))
     say(out, "kept in ", "", str(path))
 
 
@@ -340,6 +355,15 @@ def _write_pictures(found: list[Method], draw: Path | None, trace: Path | None, 
         with writing(trace):
             trace.write_text(found[-1].timeline.to_trace(title))
         say(err, "written: ", "", f"{trace}; open it at ui.perfetto.dev")
+
+
+def _advice(bfloat16_speedup: float) -> str:
+    from hcache_rag.models import PAYS_FROM
+
+    measured = f"this CPU multiplies matrices {bfloat16_speedup:.1f}x as fast as in float32"
+    if bfloat16_speedup >= PAYS_FROM:
+        return f"{measured}; index with --dtype bfloat16 if answers may differ a little"
+    return f"{measured}, so that float32 is the better choice"
 
 
 def _mix_in_words(choice: Any) -> str:

@@ -51,6 +51,7 @@ class Elsewhere:
             raise HCacheError(f"the model {name} was not loaded from a folder; {_ADVICE}")
         options = {
             "dtype": engine.adapter.spec.dtype,
+            "device": "cpu",
             "representation": keeping.representation,
             "storage_dtype": keeping.storage_dtype,
             "profile": keeping.profile,

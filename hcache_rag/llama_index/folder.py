@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +61,20 @@ def index_folder(
     persist_dir: Path,
     choice: ModelChoice,
     *,
+    device: str = "auto",
     on_progress: Callable[[int, int], None] | None = None,
     on_measure: Callable[[str], None] | None = None,
 ) -> tuple[PrecomputeReport, HCacheLLM]:
     """Index a folder's files into `persist_dir`; what is there already is not read again.
 
     Args:
+        device: where the model computes, see `HCacheLLM`.
         on_measure: told what is being timed while the machine is measured, which is done, shortly,
             where the states have no profile of it; None leaves it unmeasured.
     """
-    llm = choice.load(None)
+    if choice.dtype == "auto" and has_index(persist_dir):
+        choice = replace(choice, dtype=ModelChoice.of(persist_dir).dtype)
+    llm = choice.load(None, device=device)
     with ExitStack() as on_failure:
         on_failure.callback(llm.close)
         if on_measure is not None:
@@ -84,7 +88,7 @@ def index_folder(
 
 def _ensure_profile(adapter: ModelAdapter, states: Path, on_step: Callable[[str], None]) -> None:
     StateStore.open(states).close()  # a folder that cannot hold states is found out first
-    if find_profile(states) is None:
+    if find_profile(states, adapter.device) is None:
         measure(adapter, states, quick=True, on_step=on_step).save(states / PROFILE_NAME)
 
 
@@ -94,6 +98,7 @@ def measure_machine(
     dtype: str,
     *,
     quick: bool,
+    device: str = "auto",
     on_step: Callable[[str], None],
 ) -> tuple[HardwareProfile, Path]:
     """Measure this machine for a model, by default that of the index in `persist_dir`.
@@ -105,7 +110,7 @@ def measure_machine(
     """
     is_index = model is None and has_index(persist_dir)
     choice = ModelChoice.of(persist_dir) if is_index else ModelChoice(model, dtype)
-    llm = choice.load(None)
+    llm = choice.load(None, device=device)
     states = persist_dir / STATES
     StateStore.open(states).close()
     found = measure(llm.adapter, states, quick=quick, on_step=on_step)

@@ -102,8 +102,10 @@ class HCacheLLM(CustomLLM):
         store: where states are kept, a `StateStore` or a folder. Without one, the first retriever
             that is built with this LLM and a `persist_dir` brings its own; a program that never
             names one gets a temporary folder.
-        dtype: what `model_name` is loaded as, "float32" or "bfloat16".
-        device: where it is loaded to, "cpu" or "cuda".
+        dtype: what `model_name` is loaded as, "float32", "bfloat16", or "auto": bfloat16 where it
+            pays on this machine, by measurement.
+        device: where it is loaded to, "cpu", "cuda", "cuda:1", or "auto", the default: the GPU
+            where torch sees one, else the CPU.
         max_new_tokens: the longest answer.
         temperature: 0 decodes greedily, and is the default where `generate_kwargs` say nothing.
         representation: "auto", "hidden", "kv", one of the latter two per layer, or a layout.
@@ -184,7 +186,7 @@ class HCacheLLM(CustomLLM):
         tokenizer: PreTrainedTokenizerBase | None = None,
         store: StateStore | str | os.PathLike[str] | None = None,
         dtype: str = "float32",
-        device: str = "cpu",
+        device: str = "auto",
         max_new_tokens: int = 256,
         temperature: float | None = None,
         representation: str | Sequence[str] | StateLayout = "auto",

@@ -24,7 +24,7 @@ class ModelChoice:
 
     Args:
         model: a folder; None is the bundled model.
-        dtype: what it is loaded as.
+        dtype: what it is loaded as; "auto" becomes that of the index that is there, or what pays.
         representation: what its states keep.
         storage_dtype: what they are stored in; None is the library's choice.
         context_at_index: what documents are read after, see `HCacheLLM`.

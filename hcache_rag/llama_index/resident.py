@@ -31,12 +31,14 @@ class Loaded:
     Args:
         name: what a person calls it.
         path: where it was loaded from; None where it was not loaded here.
+        device: what was asked for when it was loaded.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
     path: str | None
+    device: str = "auto"
 
 
 def load(
@@ -57,7 +59,7 @@ def load(
     if model is None or tokenizer is None:
         path = str(default_model_path() if model_name is None else model_name)
         name = MODEL_NAME if model_name is None else path
-        return Loaded(*load_model(path, dtype=dtype, device=device), name, path)
+        return Loaded(*load_model(path, dtype=dtype, device=device), name, path, device)
     if model_name is not None:
         raise ValueError("give either model_name or model= and tokenizer=, not both")
     return Loaded(model, tokenizer, str(model.config.name_or_path or model.config.model_type), None)
@@ -182,6 +184,7 @@ class Resident:
         name = None if self.loaded.name == MODEL_NAME else self.loaded.path
         store = self.store
         its = {field.name: getattr(self.keeping, field.name) for field in fields(self.keeping)}
+        its["device"] = self.loaded.device
         its["store"] = str(store.path) if store is not None and self._owns_store else store
         return name, its
 

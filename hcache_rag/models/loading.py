@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hcache_rag.errors import ModelNotFoundError, UnsupportedModelError
+from hcache_rag.models.computing import device_named, dtype_named
 from hcache_rag.models.configuration import why_refused
-from hcache_rag.models.tensors import torch_dtype
 
 
 def load_config(path: str) -> Any:
@@ -44,31 +43,26 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer from a folder, offline.
 
+    Args:
+        dtype: "float32", "bfloat16", or "auto": bfloat16 where it pays, see `pays_bfloat16`.
+        device: "cpu", "cuda", "cuda:1", or "auto": the GPU where torch sees one, else the CPU.
+
     Raises:
+        ValueError: there is no such device here, or the dtype does not go there.
         ModelNotFoundError: the folder holds no model that transformers can load.
-        UnsupportedModelError: models of its kind cannot be served, or the device is not there.
-        ValueError: there are no devices of that name.
+        UnsupportedModelError: models of its kind cannot be served.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = _device(device)
+    place = device_named(device)
+    its_dtype = dtype_named(dtype, place)
     load_config(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype(dtype))
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=its_dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelNotFoundError(f"{path} cannot be loaded: {reason}") from error
     model.eval()
     model.to(place)
     return model, tokenizer
-
-
-def _device(name: str) -> torch.device:
-    try:
-        place = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device is 'cpu' or 'cuda', not {name!r}") from None
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedModelError(f"device is {name!r}, but torch sees no CUDA device here")
-    return place

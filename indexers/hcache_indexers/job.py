@@ -19,6 +19,7 @@ from hcache_rag.engine import HCacheEngine
 from hcache_rag.llama_index import HCacheLLM
 from hcache_rag.llama_index.text import llm_text
 from hcache_rag.measure import find_profile
+from hcache_rag.models import device_named
 from hcache_rag.offline import OnProgress, ShardReport, index_shards
 from hcache_rag.sequences import BATCH_TOKENS
 from hcache_rag.store import StateStore
@@ -41,6 +42,7 @@ class Job:
         shards: how many there are; more workers than that are of no use.
         unit_documents: documents of a unit of work: what a lost worker costs at most.
         batch_tokens: that the model reads at once.
+        device: where it computes, see `HCacheLLM`.
     """
 
     source: Path
@@ -51,6 +53,7 @@ class Job:
     shards: int = DEFAULT_SHARDS
     unit_documents: int = UNIT_DOCUMENTS
     batch_tokens: int = BATCH_TOKENS
+    device: str = "auto"
 
     def corpus(self) -> Corpus:
         """The documents.
@@ -76,8 +79,10 @@ class Job:
             ModelNotFoundError, UnsupportedModelError: see there.
         """
         with StateStore.in_memory() as nowhere:
-            profile = find_profile(self.states)
-            llm = HCacheLLM(self.model, dtype=self.dtype, store=nowhere, profile=profile)
+            profile = find_profile(self.states, device_named(self.device))
+            llm = HCacheLLM(
+                self.model, dtype=self.dtype, device=self.device, store=nowhere, profile=profile
+            )
             try:
                 yield llm.engine
             finally:

@@ -25,6 +25,7 @@ from hcache_rag.cli.console import quiet_transformers
 from hcache_rag.corpus import Corpus
 from hcache_rag.errors import HCacheError
 from hcache_rag.indexing import PrecomputeReport
+from hcache_rag.models import device_named
 from hcache_rag.offline import OnProgress, Progress, ShardReport
 from hcache_rag.sequences import BATCH_TOKENS
 from hcache_rag.sources import read_folder
@@ -38,6 +39,7 @@ def index_states(
     *,
     model: str | None = None,
     dtype: str = "float32",
+    device: str = "auto",
     text_column: str = "text",
     show_progress: bool = False,
 ) -> PrecomputeReport:
@@ -53,7 +55,7 @@ def index_states(
     from hcache_rag.llama_index import HCacheLLM
 
     texts, skipped = _read(source, text_column)
-    llm = HCacheLLM(model, dtype=dtype, store=states)
+    llm = HCacheLLM(model, dtype=dtype, device=device, store=states)
     try:
         with tqdm(total=len(texts), unit="doc", disable=not show_progress) as bar:
 
@@ -82,6 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of the job."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    try:
+        device_named(options.device)
+    except ValueError as error:
+        parser.error(f"argument --device: {error}")
     is_sharded = options.shards or options.shard or options.ray or _is_sharded(options.states)
     for name in () if is_sharded else _SHARDED:
         if getattr(options, name):
@@ -107,6 +113,12 @@ def _parser() -> argparse.ArgumentParser:
         default="float32",
         choices=["float32", "bfloat16"],
         help="what the model is loaded as (default: %(default)s)",
+    )
+    add(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1, or auto, a GPU if torch sees one (default: %(default)s)",
     )
     add(
         "--text-column",
@@ -159,6 +171,7 @@ def _index_one_file(options: argparse.Namespace) -> None:
         options.states,
         model=options.model,
         dtype=options.dtype,
+        device=options.device,
         text_column=options.text_column,
         show_progress=True,
     )
@@ -185,6 +198,7 @@ def _index_shards(options: argparse.Namespace) -> None:
         options.states,
         model=options.model and os.path.abspath(options.model),
         dtype=options.dtype,
+        device=options.device,
         text_column=options.text_column,
         **{name: value for name, value in given.items() if value is not None},
     )
