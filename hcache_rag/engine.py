@@ -33,6 +33,7 @@ from hcache_rag.errors import (
     UnsupportedModelError,
 )
 from hcache_rag.executor import open_restoring, span_sizes
+from hcache_rag.forks import ForkedLock
 from hcache_rag.generation import GenerationOptions, decode
 from hcache_rag.indexing import Indexer, PrecomputeReport
 from hcache_rag.lanes import Cancelled
@@ -194,8 +195,8 @@ class HCacheEngine:
         self._prefetcher = Prefetcher(self.store, lambda text: self.bound.state_for(text))
         self.served = Served()
         """What was answered since the engine was made."""
-        self._serving = threading.Lock()
-        self._rebinding = threading.Lock()
+        self._serving = ForkedLock()
+        self._rebinding = ForkedLock()
         try:
             self.bound = self._bind(adapter)
             """The model as it is now, with its states."""

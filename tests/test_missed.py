@@ -196,6 +196,26 @@ def test_what_cannot_be_stored_is_let_be(
     assert stored(engine) == set(TEXTS[:2])
 
 
+def test_an_error_that_nobody_foresaw_ends_no_more_than_one_document(
+    engine: HCacheEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read, wrong = engine._missed._read, [RuntimeError("out of memory")]
+
+    def sometimes(text: str) -> None:
+        if wrong:
+            raise wrong.pop()
+        read(text)
+
+    monkeypatch.setattr(engine._missed, "_read", sometimes)
+    ask(engine, PROMPT)
+    engine.flush()
+    assert stored(engine) == {TEXTS[1]}
+    assert "out of memory" in caplog.text
+    assert ask(engine, PROMPT).documents_queued == 1
+    engine.flush()
+    assert stored(engine) == set(TEXTS[:2])
+
+
 def test_a_fork_reads_what_it_has_missed_itself(engine: HCacheEngine) -> None:
     ask(engine, HEAD + TEXTS[0] + "\n\nWhat?")
     engine.flush()
