@@ -293,6 +293,7 @@ class HCacheEngine:
 
         Raises:
             StoreFullError: no room; what was stored before stays.
+            UnsupportedModelError: the model is in training mode, and something is to be read.
         """
         with self._missed.paused():
             bound = self._current()

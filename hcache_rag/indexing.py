@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from hcache_rag.choice import LayoutChoice
 from hcache_rag.continuing import Beginning, beginning_of, cache_with, continued_values
-from hcache_rag.errors import StateError, StoreError, StoreFullError
+from hcache_rag.errors import StateError, StoreError, StoreFullError, UnsupportedModelError
 from hcache_rag.forks import ForkedLock
 from hcache_rag.layout import StateLayout
 from hcache_rag.models import ModelAdapter
@@ -328,6 +328,11 @@ class Indexer:
 
     def _begin(self, on_stored: Callable[[StateRecord], None]) -> None:
         """Say in the store what will be kept, and store the preamble."""
+        if self._adapter.is_training:
+            raise UnsupportedModelError(
+                f"{self._adapter.spec.name} is in training mode: its dropout would be kept in "
+                "states; call model.eval() first"
+            )
         choice = self._choice
         name = self._adapter.spec.name
         self._store.name_model(self._root, name, str(choice.layout), choice.reason)

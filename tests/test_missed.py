@@ -17,6 +17,7 @@ from fakes import FixedRetriever
 from tiny import SHAPES, byte_tokenizer, tiny_model
 
 from hcache_rag import GenerationOptions, HCacheEngine, Provenance, StateStore, StoreFullError
+from hcache_rag.errors import UnsupportedModelError
 from hcache_rag.indexing import Indexer
 from hcache_rag.llama_index import HCacheLLM, HCacheRetriever
 from hcache_rag.measure import drop_page_cache
@@ -130,6 +131,25 @@ class Gate:
             return precompute(its, texts, *arguments)
 
         monkeypatch.setattr(Indexer, "precompute", held)
+
+
+def test_a_model_in_training_mode_keeps_nothing(
+    engine: HCacheEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its dropout would be kept in states."""
+    caplog.set_level("INFO")
+    engine.adapter.model.train()
+    try:
+        with pytest.raises(UnsupportedModelError, match=r"training mode.*call model\.eval\(\)"):
+            engine.precompute(TEXTS)
+        assert ask(engine, PROMPT, remember=True).documents_missed == 2
+        engine.flush()
+    finally:
+        engine.adapter.model.train(False)
+    assert "training mode" in caplog.text
+    assert list(engine.store.records()) == []
+    assert engine.paths.store is None
+    assert engine.precompute(TEXTS).stored == len(TEXTS)
 
 
 def test_a_request_interrupts_what_is_being_read(
