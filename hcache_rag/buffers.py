@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from hcache_rag.device import Device, device_of
 from hcache_rag.device.ring import Ring
+from hcache_rag.forks import ForkedLock
 from hcache_rag.models import ModelAdapter
 
 _BLOCK_TOKENS = 256
@@ -68,7 +68,7 @@ class BufferPool:
         self._adapter = adapter
         self._device = device or device_of(adapter.device)
         self._free: list[Buffers] = []
-        self._lock = threading.Lock()
+        self._lock = ForkedLock()
 
     @contextmanager
     def borrow(self, tokens: int) -> Iterator[Buffers]:

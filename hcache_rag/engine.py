@@ -25,6 +25,7 @@ from hcache_rag.choice import (
 from hcache_rag.compose import Composition
 from hcache_rag.device import DEVICES
 from hcache_rag.errors import UnsupportedModelError
+from hcache_rag.forks import ForkedLock
 from hcache_rag.generation import GenerationOptions
 from hcache_rag.indexing import Indexer, PrecomputeReport
 from hcache_rag.layout import StateLayout
@@ -189,8 +190,8 @@ class HCacheEngine:
         self._prefetcher = Prefetcher(self.store, lambda text: self.bound.state_for(text))
         self.served = Served()
         """What was answered since the engine was made."""
-        self._serving = threading.Lock()
-        self._rebinding = threading.Lock()
+        self._serving = ForkedLock()
+        self._rebinding = ForkedLock()
         try:
             self.bound = self._bind(adapter)
             """The model as it is now, with its states."""
@@ -287,6 +288,7 @@ class HCacheEngine:
 
         Raises:
             StoreFullError: no room; what was stored before stays.
+            UnsupportedModelError: the model is in training mode, and something is to be read.
         """
         with self._missed.paused():
             bound = self._current()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import torch
@@ -57,12 +58,16 @@ class GenerationOptions:
             raise TypeError(f"max_new_tokens must be a whole number, not {kind}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be positive, not {self.max_new_tokens}")
-        if self.temperature is not None and self.temperature < 0:
-            raise ValueError(f"temperature must not be negative, but is {self.temperature}")
+        if self.temperature is not None and not 0 <= self.temperature < inf:
+            raise ValueError(
+                f"temperature must be finite and not negative, but is {self.temperature}"
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p lies between 0 and 1, but is {self.top_p}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be positive, not {self.top_k}")
+        if not all(isinstance(stop, str) for stop in self.stops):
+            raise TypeError(f"stop strings are strings, not {self.stop!r}")
         self._check_extra()
 
     def _check_extra(self) -> None:

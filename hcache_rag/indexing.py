@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from transformers import DynamicCache
 
 from hcache_rag.choice import LayoutChoice
 from hcache_rag.continuing import Beginning, beginning_of, cache_with, continued_values
-from hcache_rag.errors import StateError, StoreError, StoreFullError
+from hcache_rag.errors import StateError, StoreError, StoreFullError, UnsupportedModelError
+from hcache_rag.forks import ForkedLock
 from hcache_rag.layout import StateLayout
 from hcache_rag.models import ModelAdapter
 from hcache_rag.prefixes import Prefixes
@@ -123,7 +123,7 @@ class Indexer:
         self._is_kept = is_kept
         self._costs = costs
         self._batch_tokens = batch_tokens
-        self._one_at_a_time = threading.Lock()
+        self._one_at_a_time = ForkedLock()
 
     def precompute(
         self,
@@ -330,6 +330,11 @@ class Indexer:
 
     def _begin(self, on_stored: Callable[[StateRecord], None]) -> None:
         """Say in the store what will be kept, and store the preamble."""
+        if self._adapter.is_training:
+            raise UnsupportedModelError(
+                f"{self._adapter.spec.name} is in training mode: its dropout would be kept in "
+                "states; call model.eval() first"
+            )
         choice = self._choice
         name = self._adapter.spec.name
         self._store.name_model(self._root, name, str(choice.layout), choice.reason)

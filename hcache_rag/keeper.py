@@ -94,9 +94,10 @@ class Keeper:
             answer, answer_ids: its text, and all tokens that were decoded.
 
         Returns:
-            False where that is not worth a state, the model has changed, or too much is waiting.
+            False where that is not worth a state, the model has changed or is in training mode, or
+            too much is waiting.
         """
-        if self._adapter.is_changed:
+        if self._adapter.is_changed or self._adapter.is_training:
             return False
         path = resolved.path()
         first, chars = sum(step.num_tokens for step in path), sum(step.num_chars for step in path)
@@ -142,6 +143,8 @@ class Keeper:
 
     def _read(self, token_ids: TokenIds, text: str) -> None:
         """Read a prompt's beginning as a whole, and keep it."""
+        if self._adapter.is_training:
+            return
         if self._tokenizer.text(token_ids.tolist()) != text:
             return  # it could not be found by its text
         cache: Any = self._adapter.prefill(token_ids.tolist())

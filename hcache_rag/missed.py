@@ -106,6 +106,8 @@ class MissedReader:
                 continue
             except HCacheError as error:
                 logger.info("a document that was missed is not stored: %s", error)
+            except Exception:  # nobody is there to be told, and others are waiting
+                logger.exception("a document that was missed is not stored")
             with self._lock:
                 self._waiting.pop(text, None)
 

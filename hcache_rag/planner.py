@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 
+from hcache_rag.forks import ForkedLock
 from hcache_rag.plan import Conditions, RestorePlan, SpanSize, plan_restore
 from hcache_rag.profile import HardwareProfile, ReadRate
 from hcache_rag.schedule import Rows, Schedule, schedule
@@ -28,7 +28,7 @@ class Planner:
         self.spec = spec
         self.profile = profile
         self._now = Conditions(profile.cold) if profile is not None else None
-        self._lock = threading.Lock()
+        self._lock = ForkedLock()
 
     @property
     def now(self) -> Conditions | None:

@@ -6,6 +6,7 @@ neither models nor tensors.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ Tokenization = Literal["segmented", "strict"]
 
 _PARTIAL = "\ufffd"
 """What the bytes of a character that is not whole are decoded as."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character: texts that were read wrongly hold it, and tokenizers refuse it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +225,7 @@ class Tokenizer:
     ) -> tuple[list[int], list[tuple[int, int]]]:
         with self._lock:
             encoded = self._tokenizer(
-                text,
+                readable(text),
                 add_special_tokens=False,
                 split_special_tokens=split_special,
                 return_offsets_mapping=True,
@@ -230,6 +233,11 @@ class Tokenizer:
                 verbose=False,
             )
         return list(encoded["input_ids"]), list(encoded["offset_mapping"])
+
+
+def readable(text: str) -> str:
+    """A text of as many characters that tokenizers take: half a character is an unknown one."""
+    return _SURROGATE.sub(_PARTIAL, text)
 
 
 def _split(pieces: Sequence[Piece], known: TokenIds) -> list[Piece]:

@@ -8,7 +8,6 @@ thousands of texts with one common head (`file_path: ...`) cost no more than one
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -17,6 +16,8 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from hcache_rag.forks import ForkedLock
 
 ANCHOR_CHARS = 24
 """A text is looked up by its first characters; shorter texts must stand on lines of their own."""
@@ -156,7 +157,7 @@ class TextSet:
         self._sorted: list[str] = []
         self._short: set[str] = set()
         self._anchors = AnchorSet()
-        self._lock = threading.Lock()
+        self._lock = ForkedLock()
         self.add(texts)
 
     def __len__(self) -> int:

@@ -846,8 +846,25 @@ def test_unknown_arguments_are_refused_by_name(
         CALLS[name](new_llm(), max_tokens=3)
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_an_argument_that_is_none_is_not_given(
+    new_llm: Callable[..., HCacheLLM], name: str
+) -> None:
+    """As callers say that pass on arguments of their own."""
+    llm = new_llm()
+    given = dict.fromkeys(("max_new_tokens", "temperature", "top_p", "top_k", "stop", "seed"))
+    assert text_of(CALLS[name](llm, **given)) == text_of(CALLS[name](llm))
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"max_new_tokens": -5}]
+    "wrong",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"max_new_tokens": -5},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+    ],
 )
 def test_arguments_that_make_no_sense_are_refused(
     new_llm: Callable[..., HCacheLLM], wrong: dict[str, Any]
@@ -857,6 +874,25 @@ def test_arguments_that_make_no_sense_are_refused(
         llm.complete(PROMPT, **wrong)
     with pytest.raises(ValueError, match="must"):
         new_llm(**wrong)
+
+
+def test_stop_strings_are_strings(new_llm: Callable[..., HCacheLLM]) -> None:
+    with pytest.raises(TypeError, match=r"stop strings are strings, not \['a', 1\]"):
+        new_llm().complete(PROMPT, stop=["a", 1])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_half_a_character_is_read_as_an_unknown_one(
+    new_llm: Callable[..., HCacheLLM], name: str
+) -> None:
+    """Tokenizers refuse it, and files that were read wrongly hold it."""
+    llm = new_llm()
+    document = "A document that \ud83d holds half a character, long enough to be found."
+    assert llm.engine.precompute([document, "Another document."]).stored == 2
+    assert llm.complete(document + "\n\nWhat?").additional_kwargs["hcache"]["documents_missed"] == 0
+    assert llm.tokenize("a\udfffb") == llm.tokenize("a\ufffdb")
+    answers = [CALLS[name](llm, prompt=f"Half {half}") for half in ("\ud83d", "\ufffd")]
+    assert text_of(answers[0]) == text_of(answers[1])
 
 
 def test_a_prompt_may_be_given_by_name_and_must_be_given(

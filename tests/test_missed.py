@@ -17,6 +17,7 @@ from fakes import FixedRetriever
 from tiny import SHAPES, byte_tokenizer, tiny_model
 
 from hcache_rag import GenerationOptions, HCacheEngine, Provenance, StateStore, StoreFullError
+from hcache_rag.errors import UnsupportedModelError
 from hcache_rag.indexing import Indexer
 from hcache_rag.llama_index import HCacheLLM, HCacheRetriever
 from hcache_rag.measure import drop_page_cache
@@ -132,6 +133,25 @@ class Gate:
         monkeypatch.setattr(Indexer, "precompute", held)
 
 
+def test_a_model_in_training_mode_keeps_nothing(
+    engine: HCacheEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its dropout would be kept in states."""
+    caplog.set_level("INFO")
+    engine.adapter.model.train()
+    try:
+        with pytest.raises(UnsupportedModelError, match=r"training mode.*call model\.eval\(\)"):
+            engine.precompute(TEXTS)
+        assert ask(engine, PROMPT, remember=True).documents_missed == 2
+        engine.flush()
+    finally:
+        engine.adapter.model.train(False)
+    assert "training mode" in caplog.text
+    assert list(engine.store.records()) == []
+    assert engine.paths.store is None
+    assert engine.precompute(TEXTS).stored == len(TEXTS)
+
+
 def test_a_request_interrupts_what_is_being_read(
     engine: HCacheEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +212,26 @@ def test_what_cannot_be_stored_is_let_be(
         engine.flush()
     assert stored(engine) == set()
     assert ask(engine, PROMPT).documents_queued == 2
+    engine.flush()
+    assert stored(engine) == set(TEXTS[:2])
+
+
+def test_an_error_that_nobody_foresaw_ends_no_more_than_one_document(
+    engine: HCacheEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read, wrong = engine._missed._read, [RuntimeError("out of memory")]
+
+    def sometimes(text: str) -> None:
+        if wrong:
+            raise wrong.pop()
+        read(text)
+
+    monkeypatch.setattr(engine._missed, "_read", sometimes)
+    ask(engine, PROMPT)
+    engine.flush()
+    assert stored(engine) == {TEXTS[1]}
+    assert "out of memory" in caplog.text
+    assert ask(engine, PROMPT).documents_queued == 1
     engine.flush()
     assert stored(engine) == set(TEXTS[:2])
 

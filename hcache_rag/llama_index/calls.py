@@ -33,8 +33,8 @@ def options_of(
     Args:
         max_new_tokens, temperature: the LLM's own.
         generate_kwargs: for transformers' `generate`; sampling arguments among them are defaults.
-        given: what the caller gave with this call, which goes first. `top_p` or `top_k` without a
-            temperature ask for one of 1 where the LLM's own is 0.
+        given: what the caller gave with this call, which goes first; None is nothing given. `top_p`
+            or `top_k` without a temperature ask for one of 1 where the LLM's own is 0.
 
     Raises:
         TypeError: there is no such argument.
@@ -44,6 +44,7 @@ def options_of(
     if unknown:
         known = ", ".join(PER_CALL)
         raise TypeError(f"unknown argument(s) {', '.join(unknown)}; known per call: {known}")
+    given = {name: value for name, value in given.items() if value is not None}
     own = {name: generate_kwargs[name] for name in ("top_p", "top_k") if name in generate_kwargs}
     temperature = temperature_of(generate_kwargs, temperature)
     if not temperature and ("top_p" in given or "top_k" in given):

@@ -50,7 +50,7 @@ from hcache_rag.llama_index.responses import (
 )
 from hcache_rag.models import ModelAdapter
 from hcache_rag.profile import HardwareProfile
-from hcache_rag.prompt import Tokenization
+from hcache_rag.prompt import Tokenization, readable
 from hcache_rag.provenance import Generation
 from hcache_rag.repair import check_fidelity
 from hcache_rag.store import StateStore
@@ -309,7 +309,8 @@ class HCacheLLM(CustomLLM):
 
     def tokenize(self, text: str) -> list[int]:
         """The model's own token ids of a text, for `Settings.tokenizer`."""
-        ids: list[int] = self._resident.loaded.tokenizer.encode(text, add_special_tokens=False)
+        tokenizer = self._resident.loaded.tokenizer
+        ids: list[int] = tokenizer.encode(readable(text), add_special_tokens=False)
         return ids
 
     def model_copy(

@@ -54,6 +54,11 @@ class Nearest:
         return len(self._alive)
 
     @property
+    def dimensions(self) -> int | None:
+        """Of each vector; None where there is none."""
+        return int(self._faiss.d) if self._faiss is not None else None
+
+    @property
     def is_graph(self) -> bool:
         """Whether a vector may be missed."""
         return self._faiss is not None and not isinstance(_inner(self._faiss), faiss.IndexFlat)
@@ -151,6 +156,7 @@ class Nearest:
 
         Args:
             numbers: of the vectors that are alive.
+            kind: what it is made into, if it is of another one.
 
         Raises:
             RuntimeError, ValueError: it is no such file, or not that of these vectors.
@@ -168,14 +174,28 @@ class Nearest:
         found._dead = its - found._alive
         if not found._alive <= its or (found._dead and not found.is_graph):
             raise ValueError(f"{len(numbers)} nodes, but {len(its)} embeddings")
+        if kind != "auto" and found.is_graph != (kind == "hnsw"):
+            found._build(len(found))
         return found
 
 
 def normalised(vector: Sequence[float]) -> Vectors:
-    """A vector of length 1 in the same direction; zero stays zero."""
-    found = np.asarray(vector, dtype=np.float32)
-    length = float(np.linalg.norm(found))
-    return found / length if length else found
+    """A vector (D,) of length 1 in the same direction; zero stays zero.
+
+    Raises:
+        ValueError: it is empty, or a number in it is not finite.
+    """
+    found = np.asarray(vector, dtype=np.float64)
+    if found.ndim != 1 or not found.size:
+        raise ValueError(f"an embedding is a list of numbers, but this one has shape {found.shape}")
+    largest = float(np.abs(found).max())
+    if not np.isfinite(largest):
+        bad = int(np.count_nonzero(~np.isfinite(found)))
+        raise ValueError(f"{bad} of an embedding's {found.size} numbers are not finite")
+    if largest:
+        found = found / largest  # whose squares are neither too large nor too small
+        found /= np.linalg.norm(found)
+    return found.astype(np.float32)
 
 
 def _inner(index: Any) -> Any:

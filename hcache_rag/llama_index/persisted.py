@@ -8,14 +8,13 @@ when it is there as a whole.
 from __future__ import annotations
 
 import base64
-import fcntl
 import json
 import logging
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import xxhash
 from llama_index.core.storage.docstore.utils import doc_to_json, json_to_doc
 
 from hcache_rag.errors import SourceError
+from hcache_rag.forks import locked_file
 from hcache_rag.llama_index.nearest import IndexKind, Nearest
 from hcache_rag.llama_index.vectors import Change, VectorIndex
 
@@ -52,11 +52,31 @@ class IndexFolder:
         self._generation: str | None = None
         self._read_bytes = 0
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Nobody else changes the folder inside the block.
+
+        Raises:
+            SourceError: it cannot be written.
+        """
+        with ExitStack() as stack:
+            try:
+                self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+                stack.enter_context(locked_file(self.path / _LOCK))
+            except OSError as error:
+                raise self._unwritable(error) from error
+            yield
+
     def save(self, index: VectorIndex) -> None:
-        """Put an index into the folder instead of what is there."""
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with self._turn():
+        """In a turn: put an index into the folder instead of what is there.
+
+        Raises:
+            SourceError: it cannot be written; what was there stays.
+        """
+        try:
             self._save(index)
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def load(self, kind: IndexKind = "auto") -> VectorIndex:
         """Read what is there.
@@ -64,42 +84,78 @@ class IndexFolder:
         Raises:
             SourceError: there is no index in the folder, or one that this release cannot read.
         """
-        try:
+        while True:
+            before = read_manifest(self.path).get("vectors")
             try:
-                return self._load(kind)
-            except FileNotFoundError:  # it was written anew meanwhile, or a file is gone
-                return self._load(kind)
-        except _UNREADABLE as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            raise SourceError(f"the index in {self.path} cannot be read: {reason}") from error
+                index = self._load(kind)
+            except _UNREADABLE as error:
+                if read_manifest(self.path).get("vectors") == before:
+                    raise self._unreadable(error) from error
+            else:
+                if read_manifest(self.path).get("vectors") == self._generation:
+                    return index  # else it may be without the last changes
 
-    def change(self, index: VectorIndex, change: Change) -> VectorIndex:
-        """Change an index that was saved or loaded here, and the folder.
+    def caught_up(self, index: VectorIndex) -> VectorIndex:
+        """In a turn: an index that was saved or loaded here, as others have left it.
 
         Returns:
-            The index; another one where somebody else had written the folder anew.
+            Another one where somebody else has written the folder anew.
+
+        Raises:
+            SourceError: the folder cannot be read any more.
         """
-        with self._turn():
-            index = self._caught_up(index)
-            index.apply(change)
-            if self._is_due():
-                self._save(index)
-            else:
-                self._append(change)
+        is_another = read_manifest(self.path).get("vectors") != self._generation
+        if is_another or self._has_lost_changes():
+            return self.load(index.nearest.kind)
+        try:
+            self._apply_changes(index)
+        except _UNREADABLE as error:
+            raise self._unreadable(error) from error
         return index
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """The only one who writes."""
-        descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    def change(self, index: VectorIndex, change: Change) -> None:
+        """In a turn: change an index that is caught up, and the folder.
+
+        Raises:
+            SourceError: it cannot be written; both stay as they were.
+            ValueError: see `VectorIndex.check`; the same.
+        """
+        index.check(change)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+            if not (self.path / str(self._generation) / _CHANGES).exists():  # format 1
+                self._save(index)
+            self._append(change)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        index.apply(change)
+        if self._is_due():
+            try:
+                self._save(index)
+            except OSError as error:  # the change is there; it will be tried again
+                logger.warning("%s", self._unwritable(error))
+
+    def _unreadable(self, error: BaseException) -> SourceError:
+        if isinstance(error, SourceError):
+            return error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        return SourceError(f"the index in {self.path} cannot be read: {reason}")
+
+    def _unwritable(self, error: OSError) -> SourceError:
+        return SourceError(f"the index in {self.path} cannot be written: {error.strerror or error}")
 
     def _save(self, index: VectorIndex) -> None:
         generation = self.path / f"vectors-{uuid.uuid4().hex[:12]}"
+        try:
+            self._publish(index, generation)
+        except BaseException:
+            shutil.rmtree(generation, ignore_errors=True)
+            raise
+        self._generation, self._read_bytes = generation.name, 0
+        for old in self.path.glob("vectors-*"):
+            if old != generation:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _publish(self, index: VectorIndex, generation: Path) -> None:
         generation.mkdir(mode=0o700)
         with (generation / _NODES).open("w", encoding="utf-8") as lines:
             for number, node in index.numbered:
@@ -118,10 +174,6 @@ class IndexFolder:
             _sync(path)
         os.replace(unfinished, self.path / MANIFEST)
         _sync(self.path)
-        self._generation, self._read_bytes = generation.name, 0
-        for old in self.path.glob("vectors-*"):
-            if old != generation:
-                shutil.rmtree(old, ignore_errors=True)
 
     def _load(self, kind: IndexKind) -> VectorIndex:
         manifest = read_manifest(self.path)
@@ -135,12 +187,10 @@ class IndexFolder:
         self._apply_changes(index)
         return index
 
-    def _caught_up(self, index: VectorIndex) -> VectorIndex:
-        """The index with what others have changed meanwhile."""
-        if self._generation is None or read_manifest(self.path)["vectors"] != self._generation:
-            return self.load(index.nearest.kind)
-        self._apply_changes(index)
-        return index
+    def _has_lost_changes(self) -> bool:
+        """Whether a change was read that could not be written to its end."""
+        path = self.path / str(self._generation) / _CHANGES
+        return self._read_bytes > 0 and path.stat().st_size < self._read_bytes
 
     def _apply_changes(self, index: VectorIndex) -> None:
         """Apply the changes that have come since the last time."""
@@ -162,19 +212,22 @@ class IndexFolder:
 
     def _append(self, change: Change) -> None:
         path = self.path / str(self._generation) / _CHANGES
-        with path.open("ab") as lines:
+        line = _line_of(change)
+        with path.open("ab", buffering=0) as lines:
             lines.truncate(self._read_bytes)  # what somebody has left unfinished
-            line = _line_of(change)
-            lines.write(line)
-            lines.flush()
-            os.fsync(lines.fileno())
+            try:
+                left = memoryview(line)
+                while left:
+                    left = left[lines.write(left) :]
+                os.fsync(lines.fileno())
+            except BaseException:
+                lines.truncate(self._read_bytes)
+                raise
         self._read_bytes += len(line)
 
     def _is_due(self) -> bool:
         """Whether all is written anew."""
         generation = self.path / str(self._generation)
-        if not (generation / _CHANGES).exists():  # format 1
-            return True
         its = sum(path.stat().st_size for path in generation.iterdir())
         return self._read_bytes > max(_LEAST_BYTES, (its - self._read_bytes) // 2)
 

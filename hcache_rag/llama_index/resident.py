@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from threading import Lock
 from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,6 +15,8 @@ from hcache_rag.bound import Fidelity
 from hcache_rag.bundled import MODEL_NAME, default_model_path
 from hcache_rag.choice import layout_asked_for
 from hcache_rag.engine import HCacheEngine
+from hcache_rag.errors import StoreError
+from hcache_rag.forks import ForkedLock
 from hcache_rag.layout import StateLayout
 from hcache_rag.line import Line
 from hcache_rag.models import ModelAdapter, load_model
@@ -116,7 +117,8 @@ class Resident:
             is_known=self.adapter.is_known,
         )
         self.line = Line()
-        self._lock = Lock()
+        self._lock = ForkedLock()
+        self._is_closed = False
         self._engines: dict[Reading, HCacheEngine] = {}
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._owns_store = not isinstance(store, StateStore)
@@ -138,10 +140,14 @@ class Resident:
 
         Args:
             preamble: gives the text that an engine which is made reads documents after.
+
+        Raises:
+            StoreError: there is none, and this is closed.
         """
         with self._lock:
             engine = self._engines.get(reading)
             if engine is None:
+                self._refuse_closed()
                 if self._store is None:
                     self._temporary = tempfile.TemporaryDirectory(prefix="hcache-rag-")
                     self._store = StateStore.open(self._temporary.name)
@@ -155,8 +161,10 @@ class Resident:
 
         Raises:
             ValueError: there is another store already.
+            StoreError: this is closed.
         """
         with self._lock:
+            self._refuse_closed()
             if self.store is not None:
                 raise ValueError(f"this LLM already keeps its states in {self.store.path}")
             store = _open(path)
@@ -191,10 +199,15 @@ class Resident:
     def close(self) -> None:
         """Close the engines, and the store unless the caller brought it open."""
         with self._lock:
+            self._is_closed = True
             self._close_engines()
             if self._store is not None and self._owns_store:
                 self._store.close()
             self._close_temporary()
+
+    def _refuse_closed(self) -> None:
+        if self._is_closed:
+            raise StoreError(f"this LLM ({self.loaded.name}) is closed, and so is its store")
 
     def _made(self, store: StateStore, reading: Reading, preamble: str) -> HCacheEngine:
         return HCacheEngine(

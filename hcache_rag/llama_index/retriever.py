@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from llama_index.core.vector_stores.types import MetadataFilters
 from llama_index_instrumentation import get_dispatcher
 
 from hcache_rag.errors import SourceError
+from hcache_rag.forks import ForkedLock
 from hcache_rag.indexing import PrecomputeReport
 from hcache_rag.llama_index.arguments import expect, expect_documents
 from hcache_rag.llama_index.defaults import default_embedding
@@ -73,6 +75,7 @@ class HCacheRetriever(BaseRetriever):
         self._llm = llm
         self._transformations = transformations
         self._folder = folder
+        self._changing = ForkedLock()
         self.prefetch = prefetch
         self.report = report
         """What the last call that indexed documents stored."""
@@ -141,13 +144,16 @@ class HCacheRetriever(BaseRetriever):
         known = _known_index(folder)
         made = VectorIndex.build(nodes, embed_model, known, kind=index, show_progress=show_progress)
         report = precompute(llm, nodes, show_progress=show_progress, on_progress=on_progress)
-        claim(llm, nodes)
-        if folder is not None:
-            folder.save(made)
-            remember_model(llm, folder.path)
-        settle(llm, nodes)
-        before = {source_of(node) for node in known.nodes} if known is not None else set()
-        disown(llm, sources=before - {source_of(node) for node in nodes})
+        with folder.turn() if folder is not None else nullcontext():
+            if folder is not None and known is not None:
+                known = folder.caught_up(known)
+            claim(llm, nodes)
+            if folder is not None:
+                folder.save(made)
+                remember_model(llm, folder.path)
+            settle(llm, nodes)
+            before = {source_of(node) for node in known.nodes} if known is not None else set()
+            disown(llm, sources=before - {source_of(node) for node in nodes})
         return cls(
             VectorRetriever(made, embed_model, similarity_top_k, filters),
             llm,
@@ -181,11 +187,7 @@ class HCacheRetriever(BaseRetriever):
         folder = IndexFolder(Path(persist_dir).expanduser())
         found = folder.load(index)
         embed_model = _embedding(embed_model)
-        if found.embedding_name != embed_model.model_name:
-            raise SourceError(
-                f"the index in {folder.path} was made with the embedding "
-                f"{found.embedding_name!r}, not with {embed_model.model_name!r}"
-            )
+        _refuse_other_embedding(found, embed_model, folder)
         _bind(llm, folder.path)
         llm.engine.announce(llm_texts(found.nodes))
         return cls(
@@ -207,9 +209,8 @@ class HCacheRetriever(BaseRetriever):
             StoreFullError: no room for its states; the index stays as it was.
         """
         expect("document", document, BaseNode, _MADE)
-        if self._index.nodes_of([document.id_]):
-            raise ValueError(f"document {document.id_!r} is in the index; update or refresh it")
-        self._change([document])
+        self._refuse_known(document)
+        self._change([document], is_new=True)
 
     @_dispatcher.span
     def update(self, document: BaseNode) -> None:
@@ -257,11 +258,25 @@ class HCacheRetriever(BaseRetriever):
             return node.source_node.hash if node.source_node is not None else node.hash
         return None
 
-    def _change(self, documents: Sequence[BaseNode], deleted: Collection[str] = ()) -> bool:
+    def _refuse_known(self, document: BaseNode) -> None:
+        if self._index.nodes_of([document.id_]):
+            raise ValueError(f"document {document.id_!r} is in the index; update or refresh it")
+
+    def _change(
+        self,
+        documents: Sequence[BaseNode],
+        deleted: Collection[str] = (),
+        *,
+        is_new: bool = False,
+    ) -> bool:
         """Put documents into the place of those with the same ids, and delete others.
 
         States come before their nodes and go after them: whenever this is ended, every node has
-        its states, and what has no node is found by gc.
+        its states, and what has no node is found by gc. Documents are read before it is this
+        one's turn, so that others need not wait for that.
+
+        Args:
+            is_new: the documents must not be in the index.
 
         Returns:
             Whether anything has changed.
@@ -271,23 +286,44 @@ class HCacheRetriever(BaseRetriever):
             self._transformations = [_splitter(llm)]
         comes = {document.id_: document for document in documents}
         sources = {*deleted, *comes}
-        nodes: list[BaseNode] = list(run_transformations([*comes.values()], self._transformations))
-        before = retriever.index.nodes_of(sources)
-        if not nodes and not before:
+        if not sources:
             return False
+        nodes: list[BaseNode] = list(run_transformations([*comes.values()], self._transformations))
         vectors = retriever.index.embedded(nodes, retriever.embed_model, sources)
+        change = Change(sources, nodes, vectors)
+        retriever.index.check(change)
         if nodes:
             self.report = precompute(llm, nodes)
-        claim(llm, [*nodes, *before])
-        change = Change(sources, nodes, vectors)
-        if self._folder is None:
-            retriever.index.apply(change)
-        else:
-            retriever.index = self._folder.change(retriever.index, change)
-        settle(llm, nodes)
-        disown(llm, sources=sources - {source_of(node) for node in nodes})
+        with self._turn():
+            before = retriever.index.nodes_of(sources)
+            if not nodes and not before:
+                return False
+            if is_new:
+                for document in documents:
+                    self._refuse_known(document)
+            claim(llm, [*nodes, *before])
+            if lost := [t for t in llm_texts(nodes) if not llm.engine.states_of(t)]:
+                llm.engine.precompute(lost)  # deleted with another document meanwhile
+                claim(llm, nodes)
+            if self._folder is None:
+                retriever.index.apply(change)
+            else:
+                self._folder.change(retriever.index, change)
+            settle(llm, nodes)
+            disown(llm, sources=sources - {source_of(node) for node in nodes})
         llm.engine.announce(llm_texts(nodes))
         return True
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Nobody else changes the index inside the block, which is as others have left it."""
+        own, folder = self._own, self._folder
+        with self._changing, folder.turn() if folder is not None else nullcontext():
+            if folder is not None:
+                index = folder.caught_up(own.index)
+                _refuse_other_embedding(index, own.embed_model, folder)
+                own.index = index
+            yield
 
     @property
     def _own(self) -> VectorRetriever:
@@ -372,15 +408,20 @@ def _known_index(folder: IndexFolder | None) -> VectorIndex | None:
         return None
 
 
+def _refuse_other_embedding(
+    index: VectorIndex, embed_model: BaseEmbedding, folder: IndexFolder
+) -> None:
+    if index.embedding_name != embed_model.model_name:
+        raise SourceError(
+            f"the index in {folder.path} was made with the embedding "
+            f"{index.embedding_name!r}, not with {embed_model.model_name!r}"
+        )
+
+
 def _bind(llm: HCacheLLM, folder: Path | None) -> None:
     if folder is not None and not llm.has_store:
         llm.use_store(folder / STATES)
 
 
 def _splitter(llm: HCacheLLM) -> SentenceSplitter:
-    tokenizer = llm.engine.tokenizer
-    return SentenceSplitter(
-        chunk_size=CHUNK_TOKENS,
-        chunk_overlap=0,
-        tokenizer=lambda text: list(tokenizer.encode(text, add_special_tokens=False)),
-    )
+    return SentenceSplitter(chunk_size=CHUNK_TOKENS, chunk_overlap=0, tokenizer=llm.tokenize)

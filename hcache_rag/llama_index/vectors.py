@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 from llama_index.core.vector_stores.types import MetadataFilters
 
+from hcache_rag.forks import ForkedLock
 from hcache_rag.llama_index.filters import passing
 from hcache_rag.llama_index.nearest import IndexKind, Nearest, Vectors, normalised
 from hcache_rag.llama_index.text import source_of
@@ -32,6 +32,10 @@ class Change:
     vectors: Vectors
 
 
+class DimensionsError(ValueError):
+    """Embeddings do not have equally many dimensions."""
+
+
 class VectorIndex:
     """Nodes and normalised embeddings, in the order in which they came. Thread-safe.
 
@@ -47,7 +51,7 @@ class VectorIndex:
         self._numbers: dict[str, int] = {}
         self._sources: dict[str, set[int]] = {}
         self._next = 0
-        self._lock = threading.Lock()
+        self._lock = ForkedLock()
 
     @classmethod
     def build(
@@ -62,7 +66,12 @@ class VectorIndex:
         """An index of some nodes; texts that `known` has embedded are not embedded again."""
         index = cls(str(embed_model.model_name), kind)
         known = known if known is not None else index
-        vectors = known.embedded(nodes, embed_model, show_progress=show_progress)
+        try:
+            vectors = known.embedded(nodes, embed_model, show_progress=show_progress)
+        except DimensionsError:
+            if known is index:
+                raise
+            vectors = index.embedded(nodes, embed_model, show_progress=show_progress)
         index.apply(Change((), nodes, vectors))
         return index
 
@@ -81,12 +90,14 @@ class VectorIndex:
     @property
     def nodes(self) -> list[BaseNode]:
         """All nodes."""
-        return list(self._nodes.values())
+        with self._lock:
+            return list(self._nodes.values())
 
     @property
     def numbered(self) -> list[tuple[int, BaseNode]]:
         """All nodes with the numbers of their vectors."""
-        return list(self._nodes.items())
+        with self._lock:
+            return list(self._nodes.items())
 
     @property
     def nearest(self) -> Nearest:
@@ -98,7 +109,8 @@ class VectorIndex:
 
     def nodes_of(self, sources: Iterable[str]) -> list[BaseNode]:
         """The nodes that some documents were cut into."""
-        return [self._nodes[number] for number in self._numbers_of(sources)]
+        with self._lock:
+            return [self._nodes[number] for number in self._numbers_of(sources)]
 
     def _numbers_of(self, sources: Iterable[str]) -> list[int]:
         return sorted({n for source in sources for n in self._sources.get(source, ())})
@@ -130,16 +142,43 @@ class VectorIndex:
                 cached = dict(zip(known, self._nearest.vectors(numbers), strict=True))
         missing = list(dict.fromkeys(text for text in texts if text not in cached))
         fresh = embed_model.get_text_embedding_batch(missing, show_progress=show_progress)
-        cached.update(zip(missing, map(normalised, fresh), strict=True))
-        return np.stack([cached[text] for text in texts]) if texts else np.zeros((0, 0), np.float32)
+        cached.update((t, _embedding(t, v)) for t, v in zip(missing, fresh, strict=True))
+        found = [cached[text] for text in texts]
+        widths = sorted({len(vector) for vector in found})
+        if len(widths) > 1:
+            raise DimensionsError(f"embeddings have {' and '.join(map(str, widths))} dimensions")
+        return np.stack(found) if found else np.zeros((0, 0), np.float32)
+
+    def check(self, change: Change) -> None:
+        """Refuse a change that cannot be applied.
+
+        Raises:
+            DimensionsError: its embeddings have other dimensions than those that would stay.
+        """
+        with self._lock:
+            gone = self._gone(change)
+            wanted, width = self._nearest.dimensions, change.vectors.shape[1]
+            if len(change.nodes) and len(gone) < len(self._nodes) and width != wanted:
+                raise DimensionsError(
+                    f"the new embeddings have {width} dimensions, those in the index {wanted}"
+                )
+
+    def _gone(self, change: Change) -> set[int]:
+        """Which numbers go."""
+        same = {self._numbers[n.node_id] for n in change.nodes if n.node_id in self._numbers}
+        return same.union(self._numbers_of(change.sources))
 
     def apply(self, change: Change) -> None:
-        """Change it."""
+        """Change it, or leave it as it is.
+
+        Raises:
+            DimensionsError: see `check`.
+        """
+        self.check(change)
         place_of = {node.node_id: place for place, node in enumerate(change.nodes)}
         places = sorted(place_of.values())
         with self._lock:
-            same = [self._numbers[node_id] for node_id in self._numbers.keys() & place_of.keys()]
-            gone = {*self._numbers_of(change.sources), *same}
+            gone = self._gone(change)
             self._nearest.remove(gone)
             for number in gone:
                 self._take(number)
@@ -170,13 +209,23 @@ class VectorIndex:
 
         Returns:
             Copies of the nodes, which others may change.
+
+        Raises:
+            DimensionsError: the question's embedding has other dimensions than the nodes'.
         """
+        vector = normalised(embedding)
         with self._lock:
+            wanted = self._nearest.dimensions
+            if wanted not in (None, len(vector)):
+                raise DimensionsError(
+                    f"the question's embedding has {len(vector)} dimensions, "
+                    f"those in the index {wanted}"
+                )
             among = None
             if filters is not None and filters.filters:
                 passes = passing(filters)
                 among = [number for number, node in self._nodes.items() if passes(node)]
-            found = self._nearest.search(normalised(embedding), top_k, among)
+            found = self._nearest.search(vector, top_k, among)
             scored = [(self._nodes[number], score) for number, score in found]
         return [
             NodeWithScore(node=node.model_copy(deep=True), score=min(max(score, 0.0), 1.0))
@@ -222,3 +271,10 @@ class VectorRetriever(BaseRetriever):
 def embedding_text(node: BaseNode) -> str:
     """The text of a node that is embedded."""
     return node.get_content(metadata_mode=MetadataMode.EMBED)
+
+
+def _embedding(text: str, vector: Sequence[float]) -> Vectors:
+    try:
+        return normalised(vector)
+    except ValueError as error:
+        raise ValueError(f"{text[:40]!r} cannot be embedded: {error}") from error

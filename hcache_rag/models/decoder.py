@@ -97,6 +97,11 @@ class Decoder:
         """Whether weights, or which adapters are in use, are others than when this was made."""
         return signs_of_change(self.model) != self._signs
 
+    @property
+    def is_training(self) -> bool:
+        """Whether the model is in training mode, where dropout would get into states."""
+        return bool(self.model.training)
+
     @cached_property
     def takes_positions(self) -> bool:
         """Whether the model is told where its tokens stand."""
