@@ -13,7 +13,7 @@ from hcache_rag.models.configuration import spec_of, why_refused
 from hcache_rag.models.families import FAMILIES, Family, Positions
 from hcache_rag.models.hooks import inputs_of, outputs_of
 from hcache_rag.models.loading import load_config, load_model
-from hcache_rag.models.tensors import bit_words, tensor_of, torch_dtype
+from hcache_rag.models.tensors import bit_words, element_dtype, tensor_of, torch_dtype
 
 __all__ = [
     "FAMILIES",
@@ -26,6 +26,7 @@ __all__ = [
     "Positions",
     "Projection",
     "bit_words",
+    "element_dtype",
     "in_heads",
     "inputs_of",
     "load_config",

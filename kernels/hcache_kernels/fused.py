@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hcache_kernels import quant, torch_ops
+from hcache_kernels.quant import FP8
 
 logger = logging.getLogger("hcache_rag")
 
@@ -25,7 +26,6 @@ fallbacks: Counter[str] = Counter()
 
 NO_TRITON = "Triton is not installed (pip install 'hcache-rag[gpu]')"
 PRODUCT_DTYPES = (torch.bfloat16, torch.float16)
-FP8 = torch.float8_e4m3fn
 FP8_SINCE = (8, 9)
 """Compute capability from which on a GPU knows eight-bit floats."""
 
@@ -190,10 +190,8 @@ def _obstacles(
     if not has_triton():
         yield NO_TRITON
     numbers = stored.rows if isinstance(stored, StoredRows) else stored.keys
-    if numbers.dtype == FP8 and numbers.is_cuda:
-        capability = torch.cuda.get_device_capability(numbers.device)
-        if capability < FP8_SINCE:
-            yield f"a GPU of capability {capability} has no eight-bit floats"
+    if (reason := _no_eight_bit_floats(numbers.dtype, numbers.device)) is not None:
+        yield reason
     if key.cos.shape[-1] % 2 or target.head_dim % 2:
         yield f"heads of {target.head_dim} elements, {key.cos.shape[-1]} of them rotated, are odd"
     if key.cos.shape[-1] > target.head_dim:
@@ -266,25 +264,29 @@ def row_scale(hidden: Tensor, eps: float, *, is_centred: bool = False) -> Tensor
     return torch_ops.row_scale(hidden, eps, is_centred=is_centred)
 
 
-def quantise_rows(rows: Tensor, group_channels: int | None = None) -> tuple[Tensor, Tensor]:
+def quantise_rows(
+    rows: Tensor, group_channels: int | None = None, dtype: torch.dtype = torch.int8
+) -> tuple[Tensor, Tensor]:
     """See `hcache_kernels.quant.quantise_rows`."""
-    if rows.is_cuda and takes_kernels(_no_triton()):
+    reason = _no_triton() or _no_eight_bit_floats(dtype, rows.device)
+    if rows.is_cuda and takes_kernels(reason):
         from hcache_kernels import launch
 
-        return launch.quantise_rows(rows, group_channels)
-    return quant.quantise_rows(rows, group_channels)
+        return launch.quantise_rows(rows, group_channels, dtype)
+    return quant.quantise_rows(rows, group_channels, dtype)
 
 
 def dequantise_rows_into(
-    integers: Tensor, scales: Tensor, group_channels: int, out: Tensor
+    numbers: Tensor, scales: Tensor, group_channels: int, out: Tensor
 ) -> None:
     """See `hcache_kernels.quant.dequantise_rows_into`."""
-    if out.is_cuda and out.stride(-1) == 1 and takes_kernels(_no_triton()):
+    reason = _no_triton() or _no_eight_bit_floats(numbers.dtype, out.device)
+    if out.is_cuda and out.stride(-1) == 1 and takes_kernels(reason):
         from hcache_kernels import launch
 
-        launch.dequantise_rows_into(integers, scales, group_channels, out)
+        launch.dequantise_rows_into(numbers, scales, group_channels, out)
         return
-    quant.dequantise_rows_into(integers, scales, group_channels, out)
+    quant.dequantise_rows_into(numbers, scales, group_channels, out)
 
 
 def takes_kernels(reason: str | None) -> bool:
@@ -299,6 +301,15 @@ def takes_kernels(reason: str | None) -> bool:
 
 def _no_triton() -> str | None:
     return None if has_triton() else NO_TRITON
+
+
+def _no_eight_bit_floats(dtype: torch.dtype, place: torch.device) -> str | None:
+    if dtype != FP8 or place.type != "cuda":
+        return None
+    capability = torch.cuda.get_device_capability(place)
+    if capability >= FP8_SINCE:
+        return None
+    return f"a GPU of capability {capability} has no eight-bit floats"
 
 
 def chunks_of_rows(tiles: Tensor, num_rows: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hcache_kernels import triton_kernels as kernels
 from hcache_kernels.fused import CacheSlots, KeyTransform, Projection, StoredKV, StoredRows
+from hcache_kernels.quant import LARGEST
 from hcache_kernels.tiles import ROWS_OF_A_TILE
 
 CHANNELS_OF_A_STEP = 64
@@ -21,8 +22,6 @@ CHANNELS_OF_A_STEP = 64
 WIDEST_HEAD = 128
 """A program takes a whole tile of such heads; of wider ones, registers hold half of it."""
 WARPS, STAGES = 8, 3
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-"""What the largest magnitude becomes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +140,7 @@ def kv_launch(stored: StoredKV, key: KeyTransform, target: CacheSlots) -> Launch
 def quantise_rows(
     rows: Tensor, group_channels: int | None = None, dtype: torch.dtype = torch.int8
 ) -> tuple[Tensor, Tensor]:
-    """See `hcache_kernels.quant.quantise_rows`; also to eight-bit floats."""
+    """See `hcache_kernels.quant.quantise_rows`."""
     tokens, width = rows.shape
     groups = -(-width // group_channels) if group_channels else 1
     out = torch.empty((tokens, width), dtype=dtype, device=rows.device)
