@@ -47,8 +47,8 @@ STORAGE_DTYPES = {
     Representation.NONE: ("",),
 }
 """The dtypes that a representation can be stored in. `int8` and `float8_e4m3` have a scale for each
-hidden row, or for each channel of K and each token and head of V; `int8-g64` one for each 64 channels
-of a row; `int8-smooth` one for each row and one for each channel."""
+hidden row, or for each channel of K and each token and head of V; `int8-g64` one for each 64
+channels of a row; `int8-smooth` one for each row and one for each channel."""
 
 
 class Part(NamedTuple):

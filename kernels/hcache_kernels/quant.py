@@ -92,9 +92,7 @@ def _eight_bit_floats(dtype: torch.dtype) -> Tensor:
     return torch.arange(256, dtype=torch.uint8).view(FP8).to(dtype)
 
 
-def dequantise_rows_into(
-    numbers: Tensor, scales: Tensor, group_channels: int, out: Tensor
-) -> None:
+def dequantise_rows_into(numbers: Tensor, scales: Tensor, group_channels: int, out: Tensor) -> None:
     """Write rows (T, E) that `quantise_rows` made with groups to `out` (T, E)."""
     copy_numbers(numbers, out)
     whole = out.shape[-1] // group_channels
