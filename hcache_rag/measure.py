@@ -260,9 +260,9 @@ class _Computing:
                 ) -> None:
                     layer = next(layers) % spec.num_layers
                     if staged is None:
-                        execution.restore_piece(layer, piece, [chunk])
+                        execution.restorer.restore(layer, piece, [chunk])
                     else:
-                        execution.restore_staged(layer, piece, staged)
+                        execution.restorer.restore_staged(layer, piece, staged)
 
                 found.append((float(tokens), self._seconds(restore)))
         return found

@@ -20,7 +20,7 @@ from hcache_kernels import (
     dequantise_rows_into,
     dequantise_values_into,
 )
-from hcache_kernels.fused import StoredKV, StoredRows
+from hcache_kernels.operands import StoredKV, StoredRows
 from hcache_kernels.tiles import tiles_of
 from hcache_rag.buffers import Buffers
 from hcache_rag.codec import Words

@@ -19,12 +19,14 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hcache_kernels import fold_projection, reference, row_scale
+from hcache_kernels.operands import KeyNorm
 from hcache_rag.errors import UnsupportedModelError
 from hcache_rag.identity import model_fingerprint, signs_of_change, unwrapped
 from hcache_rag.layout import Representation
 from hcache_rag.models.configuration import spec_of, why_refused, windows_of
 from hcache_rag.models.families import Positions, family_of, in_halves
 from hcache_rag.models.hooks import EnoughLayersError, inputs_of, outputs_of
+from hcache_rag.models.norms import epsilon, key_norm_of
 from hcache_rag.models.tensors import torch_dtype
 from hcache_rag.models.unknown import probed_spec, warn_once
 
@@ -196,7 +198,7 @@ class ModelAdapter:
         norm = self.norm(layer)
         if norm is None:
             return torch.ones(hidden.shape[:-1], device=hidden.device)
-        return row_scale(hidden, _epsilon(norm), is_centred=self.family.is_centred)
+        return row_scale(hidden, epsilon(norm), is_centred=self.family.is_centred)
 
     @cached_property
     def projections(self) -> list[Projection]:
@@ -249,6 +251,14 @@ class ModelAdapter:
             key, value = (self._rows_norm(self._part(layer, name)) for name in names)
             found.append((key, value))
         return found
+
+    @cached_property
+    def key_norms(self) -> list[KeyNorm | None]:
+        """Of every layer: the same norm of K, in numbers."""
+        norms = (self._part(i, self.family.key_norm) for i in range(self.spec.num_layers))
+        return [
+            None if norm is None else key_norm_of(norm, self.family, self.spec) for norm in norms
+        ]
 
     def _rows_norm(self, norm: nn.Module | None) -> RowsNorm | None:
         if norm is None:
@@ -489,11 +499,6 @@ def _part(module: nn.Module, name: str) -> Any:
     """A submodule; None where there is none of that name."""
     found = getattr(module, name, None)
     return found if isinstance(found, nn.Module) else None
-
-
-def _epsilon(norm: nn.Module) -> float:
-    names = ("variance_epsilon", "eps")
-    return float(next((e for n in names if (e := getattr(norm, n, None)) is not None), 1e-5))
 
 
 def _weight(linear: nn.Module) -> Tensor:

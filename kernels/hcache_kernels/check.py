@@ -24,7 +24,7 @@ from torch import Tensor
 from hcache_kernels import fused_reference as twins
 from hcache_kernels import quant
 from hcache_kernels.cases import CASES, Case, cache_size, target_in
-from hcache_kernels.fused import why_not
+from hcache_kernels.fused import no_eight_bit_floats, why_not
 from hcache_kernels.problems import EPS, ROUNDING, Problem, dtype_of, problem_of
 
 
@@ -109,11 +109,15 @@ def check_rows(place: torch.device) -> Iterator[Result]:
         rows[0, :3] = torch.tensor([0.5, -1.5, 2.5]) / 127
         rows[-1] = 0
         for dtype, kept in product((torch.float32, torch.bfloat16), quant.LARGEST):
+            label = f"quantise {tokens}x{width} {group or 'row'} {dtype} {kept}"
+            reason = no_eight_bit_floats(kept, place)
+            if reason is not None:
+                yield Result(label, 0.0, reason, 0.0)
+                continue
             began = time.perf_counter()
             stored = rows.to(dtype).to(place)
             numbers, scales = (t.cpu() for t in launch.quantise_rows(stored, group, kept))
             theirs, their_scales = quant.quantise_rows(rows.to(dtype), group, kept)
-            label = f"quantise {tokens}x{width} {group or 'row'} {dtype} {kept}"
             step = (numbers.view(torch.int8).int() - theirs.view(torch.int8).int()).abs().max()
             error = float((scales - their_scales).abs().max() / their_scales.max() / 2**-22)
             apart = "other numbers" if step > (place.type == "cuda") or error > 1 else ""

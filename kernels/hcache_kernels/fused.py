@@ -51,7 +51,7 @@ def _obstacles(
     if not has_triton():
         yield NO_TRITON
     numbers = stored.rows if isinstance(stored, StoredRows) else stored.keys
-    if (reason := _no_eight_bit_floats(numbers.dtype, numbers.device)) is not None:
+    if (reason := no_eight_bit_floats(numbers.dtype, numbers.device)) is not None:
         yield reason
     rotated = rotation.cos.shape[-1]
     if rotated % 2 or target.head_dim % 2:
@@ -130,7 +130,7 @@ def quantise_rows(
     rows: Tensor, group_channels: int | None = None, dtype: torch.dtype = torch.int8
 ) -> tuple[Tensor, Tensor]:
     """See `hcache_kernels.quant.quantise_rows`."""
-    reason = _no_triton() or _no_eight_bit_floats(dtype, rows.device)
+    reason = _no_triton() or no_eight_bit_floats(dtype, rows.device)
     if rows.is_cuda and takes_kernels(reason):
         from hcache_kernels import launch
 
@@ -140,7 +140,7 @@ def quantise_rows(
 
 def dequantise_rows_into(numbers: Tensor, scales: Tensor, group_channels: int, out: Tensor) -> None:
     """See `hcache_kernels.quant.dequantise_rows_into`."""
-    reason = _no_triton() or _no_eight_bit_floats(numbers.dtype, out.device)
+    reason = _no_triton() or no_eight_bit_floats(numbers.dtype, out.device)
     if out.is_cuda and out.stride(-1) == 1 and takes_kernels(reason):
         from hcache_kernels import launch
 
@@ -163,7 +163,8 @@ def _no_triton() -> str | None:
     return None if has_triton() else NO_TRITON
 
 
-def _no_eight_bit_floats(dtype: torch.dtype, place: torch.device) -> str | None:
+def no_eight_bit_floats(dtype: torch.dtype, place: torch.device) -> str | None:
+    """Why a kernel at `place` cannot have numbers of a dtype; None if it can."""
     if dtype != FP8 or place.type != "cuda":
         return None
     capability = torch.cuda.get_device_capability(place)
