@@ -24,11 +24,14 @@ from hcache_rag import Generation, GenerationOptions, HCacheEngine, StateStore
 from hcache_rag.buffers import BufferPool
 from hcache_rag.cache import RestoringLayer
 from hcache_rag.device import device_of
-from hcache_rag.device.simulated import RaceError, SimulatedDevice
+from hcache_rag.device.races import RaceError
+from hcache_rag.device.simulated import SimulatedDevice
 from hcache_rag.device.threads import ThreadDevice
 from hcache_rag.errors import DamagedStateError, UnsupportedModelError
 from hcache_rag.executor import Execution
 from hcache_rag.layout import STORAGE_DTYPES, LayerFormat, Representation, StateLayout
+from hcache_rag.models import ModelAdapter
+from hcache_rag.models import adapter as adapter_module
 from hcache_rag.pipeline import Pipeline
 from hcache_rag.plan import Cut, RestorePlan
 from hcache_rag.planner import Planner
@@ -240,6 +243,39 @@ def test_recomputing_beside_restoring_has_no_race(
                 Declared(device, patch)
                 use_device(engine, device)
                 assert_same(answers(engine), expected)
+
+
+def test_what_all_requests_share_is_made_by_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folded weights and norms of K: a stream that made them would be the only one to see them."""
+    makers: list[str] = []
+
+    def told(make: Any) -> Any:
+        def making(*args: Any) -> Any:
+            makers.append(threading.current_thread().name)
+            return make(*args)
+
+        return making
+
+    monkeypatch.setattr(ModelAdapter, "_fold", told(ModelAdapter._fold))
+    monkeypatch.setattr(adapter_module, "key_norm_of", told(adapter_module.key_norm_of))
+    monkeypatch.setattr(fused, "restore", by_twins)
+    tiny = next(tiny for tiny in TINY if tiny.family == "qwen3")
+    layout = StateLayout((LayerFormat(HIDDEN, "int8"),) * 3, 32)
+    options: dict[str, Any] = {"preamble": PREAMBLE, "fidelity": "none", "profile": None}
+    with (
+        ThreadDevice() as device,
+        HCacheEngine(
+            model_of(tiny),
+            byte_tokenizer(),
+            StateStore.in_memory(),
+            representation=layout,
+            **options,
+        ) as engine,
+    ):
+        engine.precompute(DOCUMENTS)
+        use_device(engine, device)
+        restore(engine, PROMPTS[1])
+    assert makers == [threading.current_thread().name] * 6
 
 
 @pytest.mark.parametrize("bug", ["no join", "no beginning"])

@@ -51,16 +51,17 @@ def check_case(case: Case, place: torch.device) -> Result:
     dtype = dtype_of(case.cache)
     memory = [torch.full((cache_size(case),), torch.nan, dtype=dtype).to(place) for _ in range(2)]
     slots = problem.slots.to(place) if problem.slots is not None else None
-    inputs = [_moved(x, place) for x in (problem.stored, problem.projection, problem.rotation)]
+    its = (problem.stored, problem.projection, problem.rotation)
+    stored, projection, rotation = (_moved(part, place) for part in its)
     target = target_in(case, memory, slots)
-    reason = why_not(*inputs, target)
+    reason = why_not(stored, projection, rotation, target)
     if reason is not None:
         return Result(case.label, 0.0, reason, 0.0)
     from hcache_kernels import launch
 
     began = time.perf_counter()
-    for its in launch.launches(*inputs, target):
-        its.run()
+    for launched in launch.launches(stored, projection, rotation, target):
+        launched.run()
     found = [side.cpu() for side in memory]
     return judged(case, problem, found, time.perf_counter() - began)
 

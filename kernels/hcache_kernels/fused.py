@@ -112,8 +112,8 @@ def restore(
         return False
     from hcache_kernels import launch
 
-    for its in launch.launches(stored, projection, rotation, target):
-        its.run()
+    for launched in launch.launches(stored, projection, rotation, target):
+        launched.run()
     return True
 
 

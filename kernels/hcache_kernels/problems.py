@@ -138,7 +138,8 @@ def _kv(case: Case, source: torch.Generator) -> tuple[StoredKV, Sums]:
             stored_values.double() * value_scales.double().unsqueeze(-1),
         )
     else:
-        stored = StoredKV(*(side.to(dtype_of(case.stored)) for side in (keys, values)), tiles)
+        dtype = dtype_of(case.stored)
+        stored = StoredKV(keys.to(dtype), values.to(dtype), tiles)
         exact = (stored.keys.double(), stored.values.double())
     sides = (exact[0].transpose(0, 1), exact[1].transpose(0, 1))
     return stored, Sums(sides, (sides[0].abs(), sides[1].abs()), SUMMING)
