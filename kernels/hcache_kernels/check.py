@@ -4,7 +4,8 @@
     python -m hcache_kernels.check --interpret   on the CPU, slowly
 
 Every output lies in memory that is full of NaN and fenced by it: what a kernel must write is
-finite afterwards and near enough, and nothing else has changed.
+finite afterwards and near enough, and nothing else has changed. What one kernel leaves for another
+lies in NaN, too.
 """
 
 from __future__ import annotations
@@ -60,7 +61,12 @@ def check_case(case: Case, place: torch.device) -> Result:
     from hcache_kernels import launch
 
     began = time.perf_counter()
-    for launched in launch.launches(stored, projection, rotation, target):
+    launches = launch.launches(stored, projection, rotation, target)
+    for launched in launches:
+        for between in (launched.arguments.get(name) for name in ("plain_ptr", "square_ptr")):
+            if between is not None:
+                between.fill_(torch.nan)
+    for launched in launches:
         launched.run()
     found = [side.cpu() for side in memory]
     return judged(case, problem, found, time.perf_counter() - began)
