@@ -191,28 +191,33 @@ def quantise_rows(
         "stride_row": rows.stride(0),
         "groups": groups,
     }
-    group = group_channels or int(triton.next_power_of_2(width))
-    constants = {"GROUP": group, "LARGEST": LARGEST[dtype]}
-    Launch(triton_rows.quantise_rows_kernel, (tokens, groups), arguments, constants).run()
+    constants = {**_groups(width, group_channels), "LARGEST": LARGEST[dtype]}
+    Launch(triton_rows.quantise_rows_kernel, (tokens,), arguments, constants).run()
     return out, scales if group_channels else scales.squeeze(-1)
 
 
 def dequantise_rows_into(
-    integers: Tensor, scales: Tensor, group_channels: int | None, out: Tensor
+    numbers: Tensor, scales: Tensor, group_channels: int | None, out: Tensor
 ) -> None:
     """Write what `quantise_rows` made to `out` (T, E)."""
-    tokens, width = integers.shape
+    tokens, width = numbers.shape
     groups = scales.shape[1] if scales.dim() == 2 else 1
     arguments = {
-        "rows_ptr": integers,
+        "rows_ptr": numbers,
         "quant_ptr": scales,
         "out_ptr": out,
         "E": width,
         "groups": groups,
         "stride_out": out.stride(0),
     }
-    constants = {"GROUP": group_channels or int(triton.next_power_of_2(width))}
-    Launch(triton_rows.dequantise_rows_kernel, (tokens, groups), arguments, constants).run()
+    constants = _groups(width, group_channels)
+    Launch(triton_rows.dequantise_rows_kernel, (tokens,), arguments, constants).run()
+
+
+def _groups(width: int, group_channels: int | None) -> dict[str, int]:
+    """A whole row for each program, in groups, or as one."""
+    group = group_channels or int(triton.next_power_of_2(width))
+    return {"GROUPS": int(triton.next_power_of_2(-(-width // group))), "GROUP": group}
 
 
 def row_statistics(rows: Tensor, eps: float, *, is_centred: bool) -> tuple[Tensor, Tensor | None]:
