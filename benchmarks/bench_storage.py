@@ -37,10 +37,12 @@ FORMS = [
     ("kv", "float16"),
     ("kv", "bfloat16"),
     ("kv", "int8"),
+    ("kv", "float8_e4m3"),
     ("hidden", "float32"),
     ("hidden", "float16"),
     ("hidden", "bfloat16"),
     ("hidden", "int8"),
+    ("hidden", "float8_e4m3"),
     ("hidden", "int8-g64"),
     ("hidden", "int8-smooth"),
 ]

@@ -206,7 +206,7 @@ class Bench:
             out = torch.empty(tokens, 2 * spec.kv_width)
             for layer in [*range(spec.num_layers)] * (1 + repeats):
                 started = time.perf_counter()
-                execution.restore_piece(layer, piece, [chunk])
+                execution.restorer.restore(layer, piece, [chunk])
                 middle = time.perf_counter()
                 torch.mm(rows, self.adapter.projections[layer].weight, out=out)
                 whole.append(middle - started)

@@ -39,11 +39,12 @@ _DTYPE_CODE = {
     "int8": 4,
     "int8-g64": 5,
     "int8-smooth": 6,
+    "float8_e4m3": 7,
 }
 
 Words = npt.NDArray[Any]
 """An array as it is stored: elements of four and two bytes as bit patterns in uint32 and uint16,
-because numpy has no bfloat16; quantised elements as int8; scales as float32."""
+because numpy has no bfloat16; those of one byte as int8, whatever they are; scales as float32."""
 
 
 def word_dtype(part: Part) -> npt.DTypeLike:

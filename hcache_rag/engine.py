@@ -65,9 +65,9 @@ class HCacheEngine:
         representation: what states stored from now on keep: "auto", "hidden", "kv", one of the
             latter two (or, for first layers, "none") per layer, or a whole layout.
         storage_dtype: what hidden states and K and V are stored in: "float32", "bfloat16",
-            "float16", "int8", for hidden states also "int8-g64" and "int8-smooth". None is the
-            library's choice by measured loss, eight-bit integers; with fidelity="exact" it is the
-            model's own dtype.
+            "float16", "float8_e4m3", "int8", for hidden states also "int8-g64" and "int8-smooth".
+            None is the library's choice by measured loss, eight-bit integers; with
+            fidelity="exact" it is the model's own dtype.
         profile: the machine, as `hcache_rag.measure` or `hcache_rag.presets` describe it; "auto"
             is the one that `hcache-rag profile` keeps beside the states. With it,
             representation="auto" keeps what restores in least time, and each request is planned by

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hcache_kernels import fused, project_kv, reference, rope_into
 from hcache_rag import codec
 from hcache_rag.buffers import Buffers
 from hcache_rag.cache import RestoringCache
@@ -31,8 +30,9 @@ from hcache_rag.models import ModelAdapter, in_heads
 from hcache_rag.pipeline import Pipeline
 from hcache_rag.plan import SpanSize, plan_restore
 from hcache_rag.prefixes import Prefixes
+from hcache_rag.restoring import Restorer
 from hcache_rag.schedule import ChunkUse, Piece, Schedule, schedule
-from hcache_rag.staging import Chunk, StagedPiece, chunk_tensors, stage_kv, stage_rows
+from hcache_rag.staging import Chunk, chunk_tensors
 from hcache_rag.state import StateKey
 from hcache_rag.timeline import COMPUTING, READING, Step, Timeline
 
@@ -98,10 +98,8 @@ class Execution:
         self.work = work
         self.buffers = buffers
         self.prefixes = prefixes
-        self.reference_mode = reference_mode
         positions = torch.from_numpy(composition.restored_positions).to(adapter.device)
-        self._cos_sin = adapter.all_position_embeddings(positions)
-        self._is_interleaved = adapter.family.is_interleaved
+        self.restorer = Restorer(adapter, buffers, positions, reference_mode=reference_mode)
         self._first_row = np.cumsum([0, *(span.num_tokens for span in composition.spans)])
         self._pipeline = Pipeline(buffers.ring, adapter.spec) if buffers.ring else None
         self._read: dict[tuple[int, int], list[Chunk]] = {}
@@ -131,7 +129,8 @@ class Execution:
     def _device_running(self) -> AbstractContextManager[None]:
         if self._pipeline is None:
             return nullcontext()
-        _ = self.adapter.projections  # made by the model's stream, in front of all others' work
+        # Made by the model's stream, in front of all others' work.
+        _ = self.adapter.projections, self.adapter.key_norms
         pieces = {id(piece): piece for layer in self.work.pieces for piece in layer}
         return self._pipeline.running(pieces.values())
 
@@ -155,10 +154,10 @@ class Execution:
         if self._pipeline is None:
             self._read[step.layer, step.piece] = chunks
             return
-        restore = partial(self.restore_staged, step.layer, piece)
-        keys, values, *_ = self._targets(step.layer, piece.start, piece.stop)
+        restore = partial(self.restorer.restore_staged, step.layer, piece)
+        targets = self.restorer.targets(step.layer, piece.start, piece.stop)
         self._submitted[step.layer, step.piece] = self._pipeline.submit(
-            piece, chunks, restore, [keys, values]
+            piece, chunks, restore, targets
         )
 
     def _read_chunk(self, reader: ValueReader, layer: int, piece: Piece, use: ChunkUse) -> Chunk:
@@ -192,13 +191,10 @@ class Execution:
         )
         for layer, caught in enumerate(captured):
             for number, (index, tokens) in enumerate(heads):
-                first = int(self._first_row[index])
-                keys, values, cos, sin = self._targets(layer, first, first + tokens)
-                states = (
+                sides = [
                     self._by_heads(side, number, tokens) for side in (caught.first, caught.second)
-                )
-                rope_into(next(states), cos, sin, keys, is_interleaved=self._is_interleaved)
-                values.copy_(next(states))
+                ]
+                self.restorer.write(layer, int(self._first_row[index]), *sides)
 
     def _by_heads(self, states: Tensor | None, row: int, tokens: int) -> Tensor:
         """One document of a captured (B, T, G * D), as (G, T, D)."""
@@ -214,83 +210,15 @@ class Execution:
             Cancelled: the request was cancelled.
         """
         for begin, end in self.work.left_out[layer] if self.work.left_out else ():
-            for side in self._targets(layer, begin, end)[:2]:
+            for side in self.restorer.targets(layer, begin, end):
                 side.zero_()  # nobody looks at it, but what is no number spoils all sums
         for index, piece in enumerate(self.work.pieces[layer]):
             with self._computing.step():
                 if self._pipeline is None:
-                    self.restore_piece(layer, piece, self._read.pop((layer, index)))
+                    self.restorer.restore(layer, piece, self._read.pop((layer, index)))
                 else:
                     self._pipeline.join(self._submitted.pop((layer, index)))
         self._computing.begin()  # the layer's forward pass
-
-    @torch.no_grad()
-    def restore_staged(self, layer: int, piece: Piece, staged: StagedPiece) -> None:
-        """Projecting stream: what `restore_piece` does, from the device's memory; by one kernel,
-        where there is one for it."""
-        if self.reference_mode or not self._restored_by_kernel(layer, piece, staged):
-            self.restore_piece(layer, piece, staged.chunks)
-
-    def _restored_by_kernel(self, layer: int, piece: Piece, staged: StagedPiece) -> bool:
-        keys, values, cos, sin = self._targets(layer, piece.start, piece.stop)
-        projection = None
-        if piece.fmt.representation is Representation.HIDDEN:
-            if any(self.adapter.rows_norms[layer]):
-                return keys.is_cuda and fused.takes_kernels("K or V goes through a norm of its own")
-            folded = self.adapter.projections[layer]
-            projection = fused.Projection(folded.weight.t(), folded.bias)
-        return fused.restore(
-            staged.stored(piece.fmt),
-            projection,
-            fused.KeyTransform(cos, sin, self._is_interleaved),
-            fused.CacheSlots.contiguous(keys, values),
-        )
-
-    def restore_piece(self, layer: int, piece: Piece, chunks: Sequence[Chunk]) -> None:
-        """Turn what is stored of a piece, chunk by chunk, into K and V in their slots."""
-        keys, values, cos, sin = self._targets(layer, piece.start, piece.stop)
-        if piece.fmt.representation is Representation.KV:
-            staged = stage_kv(piece, chunks, values, self.buffers)
-            turned = self._is_interleaved
-            if self.reference_mode:
-                keys.copy_(reference.rope(staged, cos, sin, is_interleaved=turned))
-            else:
-                rope_into(staged, cos, sin, keys, is_interleaved=turned)
-            return
-        rows, scale = stage_rows(piece, chunks, self.buffers, is_scaled=self.reference_mode)
-        if self.reference_mode:
-            plain, projected = self.adapter.project(layer, rows)
-            keys.copy_(reference.rope(plain, cos, sin, is_interleaved=self._is_interleaved))
-            values.copy_(projected)
-            return
-        projection, spec = self.adapter.projections[layer], self.adapter.spec
-        key_norm, value_norm = self.adapter.rows_norms[layer]
-        project_kv(
-            rows,
-            scale,
-            projection.weight,
-            projection.bias,
-            cos,
-            sin,
-            keys,
-            values,
-            self.buffers.scratch("projected", len(rows), spec.kv_width + spec.value_width),
-            is_interleaved=self._is_interleaved,
-            key_norm=key_norm,
-            value_norm=value_norm,
-        )
-
-    def _targets(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """K, V (G, r, D) and cosines, sines (r, D) of some rows."""
-        cos, sin = self._cos_sin[self.adapter.rope_kinds[layer]]
-        rows = slice(start, stop)
-        buffers = self.buffers
-        return (
-            buffers.keys[layer, 0, :, rows],
-            buffers.values[layer, 0, :, rows],
-            cos[rows],
-            sin[rows],
-        )
 
 
 @contextmanager

@@ -42,13 +42,13 @@ class Representation(str, Enum):
 
 
 STORAGE_DTYPES = {
-    Representation.HIDDEN: (*DTYPE_BYTES, "int8", "int8-g64", "int8-smooth"),
-    Representation.KV: (*DTYPE_BYTES, "int8"),
+    Representation.HIDDEN: (*DTYPE_BYTES, "float8_e4m3", "int8", "int8-g64", "int8-smooth"),
+    Representation.KV: (*DTYPE_BYTES, "float8_e4m3", "int8"),
     Representation.NONE: ("",),
 }
-"""The dtypes that a representation can be stored in. `int8` has a scale for each hidden row, or for
-each channel of K and each token and head of V; `int8-g64` one for each 64 channels of a row;
-`int8-smooth` one for each row and one for each channel."""
+"""The dtypes that a representation can be stored in. `int8` and `float8_e4m3` have a scale for each
+hidden row, or for each channel of K and each token and head of V; `int8-g64` one for each 64
+channels of a row; `int8-smooth` one for each row and one for each channel."""
 
 
 class Part(NamedTuple):
@@ -81,8 +81,8 @@ class LayerFormat:
 
     @property
     def is_quantised(self) -> bool:
-        """Whether the elements are integers with scales beside them."""
-        return self.dtype.startswith("int8")
+        """Whether the elements have eight bits, and scales beside them."""
+        return self.representation is not Representation.NONE and self.dtype not in DTYPE_BYTES
 
     def parts(self, spec: ModelSpec, tokens: int) -> tuple[Part, ...]:
         """The arrays that `tokens` tokens of this layer are stored as, in their order on disk.

@@ -40,6 +40,7 @@ from hcache_rag.profile import (
     TokenCost,
 )
 from hcache_rag.schedule import ChunkUse, Piece, schedule
+from hcache_rag.spec import DTYPE_BYTES
 from hcache_rag.staging import Chunk, PieceMemory, StagedPiece, chunk_tensors
 from hcache_rag.state import StateRecord, child_key, token_array
 from hcache_rag.store import StateStore
@@ -259,9 +260,9 @@ class _Computing:
                 ) -> None:
                     layer = next(layers) % spec.num_layers
                     if staged is None:
-                        execution.restore_piece(layer, piece, [chunk])
+                        execution.restorer.restore(layer, piece, [chunk])
                     else:
-                        execution.restore_staged(layer, piece, staged)
+                        execution.restorer.restore_staged(layer, piece, staged)
 
                 found.append((float(tokens), self._seconds(restore)))
         return found
@@ -352,7 +353,7 @@ def noise(shape: codec.ChunkShape) -> tuple[codec.Words, ...]:
     for array in shape.arrays(bytearray(shape.payload_bytes)):
         numbers = source.normal(size=array.shape).astype(np.float32)
         if array.dtype == np.int8:
-            array[...] = source.integers(-127, 128, array.shape)
+            array[...] = source.integers(0, 127, array.shape)  # as floats they are numbers too
         elif array.dtype == np.float32:
             array[...] = np.abs(numbers) + 0.1
         elif array.dtype == np.uint32:
@@ -366,9 +367,9 @@ def noise(shape: codec.ChunkShape) -> tuple[codec.Words, ...]:
 
 
 def _dtypes(adapter: ModelAdapter, representation: Representation) -> list[str]:
-    """The model's own dtype, bfloat16, and the integers."""
-    own = adapter.spec.dtype
-    return [d for d in STORAGE_DTYPES[representation] if d in (own, "bfloat16") or "int8" in d]
+    """The model's own dtype, bfloat16, and those of eight bits."""
+    plain = {adapter.spec.dtype, "bfloat16"}
+    return [d for d in STORAGE_DTYPES[representation] if d in plain or d not in DTYPE_BYTES]
 
 
 def _rates(adapter: ModelAdapter, costs: ModelCosts) -> Rates:

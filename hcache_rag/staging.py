@@ -14,13 +14,18 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from hcache_kernels import dequantise_keys_into, dequantise_rows_into, dequantise_values_into
-from hcache_kernels.fused import StoredKV, StoredRows
+from hcache_kernels import (
+    copy_numbers,
+    dequantise_keys_into,
+    dequantise_rows_into,
+    dequantise_values_into,
+)
+from hcache_kernels.operands import StoredKV, StoredRows
 from hcache_kernels.tiles import tiles_of
 from hcache_rag.buffers import Buffers
 from hcache_rag.codec import Words
 from hcache_rag.layout import GROUP_CHANNELS, LayerFormat, Part, Representation
-from hcache_rag.models import tensor_of, torch_dtype
+from hcache_rag.models import element_dtype, tensor_of
 from hcache_rag.schedule import Piece
 from hcache_rag.spec import ModelSpec
 
@@ -40,7 +45,7 @@ def chunk_tensors(fmt: LayerFormat, arrays: Sequence[Words], tokens: int) -> Chu
     Runs on the reading lane, so that the model need not wait for it.
     """
     is_kv = fmt.representation is Representation.KV
-    element = torch.int8 if fmt.is_quantised else torch_dtype(fmt.dtype)
+    element = element_dtype(fmt.dtype)
     numbers, scales = (2, arrays[2:]) if is_kv else (1, arrays[1:])
     parts = [tensor_of(array, element) for array in arrays[:numbers]]
     parts += [tensor_of(array, torch.float32) for array in scales]
@@ -140,7 +145,7 @@ class PieceMemory:
 def _element(fmt: LayerFormat, part: Part) -> torch.dtype:
     if part.name.endswith("_scales"):
         return torch.float32
-    return torch.int8 if fmt.is_quantised else torch_dtype(fmt.dtype)
+    return element_dtype(fmt.dtype)
 
 
 def stage_kv(piece: Piece, chunks: Sequence[Chunk], values: Tensor, buffers: Buffers) -> Tensor:
@@ -169,7 +174,7 @@ def stage_rows(
 
     Args:
         is_scaled: rows that have one quantising scale each are multiplied by it; otherwise they
-            are left as integers, and the row scale is the product of both.
+            are left as they are, and the row scale is the product of both.
     """
     stored_rows, row_scales = chunks[0][:2]
     if len(chunks) == 1 and stored_rows.dtype == buffers.keys.dtype:
@@ -183,7 +188,7 @@ def stage_rows(
         if quant and quant[0].dim() == 2:
             dequantise_rows_into(stored_rows, quant[0], GROUP_CHANNELS, staged[at])
             continue
-        staged[at].copy_(stored_rows)
+        copy_numbers(stored_rows, staged[at])
         if len(quant) == 2:
             staged[at].mul_(quant[1])
         if quant and is_scaled:

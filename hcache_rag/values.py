@@ -15,7 +15,7 @@ from hcache_kernels import (
 from hcache_rag import codec
 from hcache_rag.codec import ChunkShape
 from hcache_rag.layout import GROUP_CHANNELS, LayerFormat, Representation
-from hcache_rag.models import CapturedLayer, ModelAdapter, bit_words, in_heads, torch_dtype
+from hcache_rag.models import CapturedLayer, ModelAdapter, bit_words, element_dtype, in_heads
 from hcache_rag.state import StateRecord
 
 
@@ -53,34 +53,31 @@ def chunk_arrays(
     """
     if caught.first is None:
         return ()
-    first = caught.first[row, tokens]
+    first, element = caught.first[row, tokens], element_dtype(fmt.dtype)
     if fmt.representation is Representation.HIDDEN:
         scales = adapter.row_scale(layer, first)
         if not fmt.is_quantised:
-            return _stored(first, fmt), *_on_host(scales)
+            return _words(first.to(element), scales)
         if fmt.dtype == "int8-smooth":
             smooth, quant_scales, channel_scales = quantise_rows_smoothly(first)
-            return _on_host(smooth, scales, quant_scales, channel_scales)
+            return _words(smooth, scales, quant_scales, channel_scales)
         group = GROUP_CHANNELS if fmt.dtype == "int8-g64" else None
-        integers, quant_scales = quantise_rows(first, group)
-        return _on_host(integers, scales, quant_scales)
+        numbers, quant_scales = quantise_rows(first, group, element)
+        return _words(numbers, scales, quant_scales)
     if caught.second is None:
         raise ValueError(f"layer {layer} was captured without V")
     heads, sides = adapter.spec.num_kv_heads, (first, caught.second[row, tokens])
     keys, values = (in_heads(side, heads).transpose(0, 1) for side in sides)
     if not fmt.is_quantised:
-        return _stored(keys, fmt), _stored(values, fmt)
+        return (*_words(keys.to(element)), *_words(values.to(element)))
     (stored_keys, key_scales), (stored_values, value_scales) = (
-        quantise_keys(keys),
-        quantise_values(values),
+        quantise_keys(keys, element),
+        quantise_values(values, element),
     )
-    return _on_host(stored_keys, stored_values, key_scales, value_scales)
+    return (*_words(stored_keys), *_words(stored_values, key_scales, value_scales))
 
 
-def _stored(values: Tensor, fmt: LayerFormat) -> codec.Words:
-    """Floating-point values in the storage dtype, as words."""
-    return bit_words(values.to(torch_dtype(fmt.dtype)).contiguous().cpu())
-
-
-def _on_host(*tensors: Tensor) -> tuple[codec.Words, ...]:
-    return tuple(tensor.cpu().numpy() for tensor in tensors)
+def _words(numbers: Tensor, *scales: Tensor) -> tuple[codec.Words, ...]:
+    """Elements as they are stored, and their scales."""
+    on_host = (scale.cpu().numpy() for scale in scales)
+    return bit_words(numbers.contiguous().cpu()), *on_host

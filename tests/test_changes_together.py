@@ -347,7 +347,7 @@ def test_a_fork_waits_for_no_thread_that_is_not_there(
     locks: dict[str, Any] = {
         "indexer": engine.bound.indexer._one_at_a_time,
         "texts": engine._announced._lock,
-        "buffers": engine._buffers._lock,
+        "buffers": engine.answering.buffers._lock,
         "planner": engine.planner._lock,
         "resident": llm._resident._lock,
         "index": retriever._index._lock,

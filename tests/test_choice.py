@@ -151,6 +151,7 @@ def test_by_default_states_are_stored_in_eight_bits() -> None:
         ("float16", ("float16", "float16")),
         ("bfloat16", ("bfloat16", "bfloat16")),
         ("int8", ("int8", "int8")),
+        ("float8_e4m3", ("float8_e4m3", "float8_e4m3")),
         ("int8-g64", ("int8-g64", "int8")),
         ("int8-smooth", ("int8-smooth", "int8")),
     ],

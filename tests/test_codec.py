@@ -25,6 +25,7 @@ WORDS = {
     "int8": "i1",
     "int8-g64": "i1",
     "int8-smooth": "i1",
+    "float8_e4m3": "i1",
 }
 """How elements lie in a payload."""
 
@@ -99,11 +100,11 @@ def payload(expected: Expected, arrays: tuple[Words, ...]) -> bytes:
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES[KV])
 def test_payload_of_kv_is_keys_then_values_from_byte_48(dtype: str, tokens: int) -> None:
-    """K (G, t, D), then V (G, t, D); of integers, then scales of channels and of tokens."""
+    """K (G, t, D), then V (G, t, D); of eight bits, then scales of channels and of tokens."""
     shape = a_shape(LayerFormat(KV, dtype), tokens)
     arrays = random_arrays(shape)
     expected: Expected = [((3, tokens, 10), WORDS[dtype])] * 2
-    if dtype == "int8":
+    if dtype in ("int8", "float8_e4m3"):
         expected += [((3, 10), "<f4"), ((3, tokens), "<f4")]
 
     value = encode(shape, KEY, LAYER, CHUNK, arrays)
@@ -115,12 +116,12 @@ def test_payload_of_kv_is_keys_then_values_from_byte_48(dtype: str, tokens: int)
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES[HIDDEN])
 def test_payload_of_hidden_is_rows_then_scales_from_byte_48(dtype: str, tokens: int) -> None:
-    """Rows (t, E), row scales (t,); of integers, then scales of rows, or of groups of 64, or of
+    """Rows (t, E), row scales (t,); of eight bits, then scales of rows, or of groups of 64, or of
     rows and of channels (E,)."""
     shape = a_shape(LayerFormat(HIDDEN, dtype), tokens)
     arrays = random_arrays(shape)
     expected: Expected = [((tokens, 71), WORDS[dtype]), ((tokens,), "<f4")]
-    if dtype == "int8":
+    if dtype in ("int8", "float8_e4m3"):
         expected.append(((tokens,), "<f4"))
     elif dtype == "int8-g64":
         expected.append(((tokens, 2), "<f4"))

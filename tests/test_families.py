@@ -19,6 +19,7 @@ from tiny import VOCABULARY, byte_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, DynamicCache
 
+from hcache_kernels.fused_reference import norm_keys
 from hcache_rag import GenerationOptions, HCacheEngine, StateStore
 from hcache_rag.choice import fixed_layout
 from hcache_rag.errors import UnsupportedModelError
@@ -145,6 +146,21 @@ def test_folded_mode_is_prefill_but_for_rounding(tiny: Tiny, dtype: torch.dtype)
         for side, theirs in zip(engine.adapter.as_cached(keys, values), sides(cache), strict=True):
             assert_near(side, theirs, dtype)
         assert_near(ours, logits, dtype)
+
+
+@pytest.mark.parametrize("tiny", TINY)
+def test_norms_of_k_in_numbers_are_the_models_own(tiny: Tiny) -> None:
+    """The model's own module / the kernels' twin in float64, of every layer that has one."""
+    adapter = ModelAdapter(model_of(tiny))
+    spec = adapter.spec
+    rows = torch.randn(9, spec.kv_width) + 1
+    for norm, (module, _) in zip(adapter.key_norms, adapter.rows_norms, strict=True):
+        assert (norm is None) == (module is None)
+        if norm is None or module is None:
+            continue
+        theirs = module(rows).double().view(9, spec.num_kv_heads, -1)
+        ours = norm_keys(rows.double().view(theirs.shape), norm)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @by_dtype

@@ -101,8 +101,8 @@ NOTHING = LayerFormat(NONE)
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_formats_say_whether_they_are_integers(fmt: LayerFormat) -> None:
-    assert fmt.is_quantised == ("int8" in fmt.dtype)
+def test_formats_say_whether_they_have_eight_bits(fmt: LayerFormat) -> None:
+    assert fmt.is_quantised == ("8" in fmt.dtype)
 
 
 @pytest.mark.parametrize(
@@ -187,12 +187,14 @@ def test_the_last_group_of_channels_may_be_smaller(hidden_size: int, groups: int
         (LayerFormat(HIDDEN, "bfloat16"), {1: 132, 63: 8_316, 64: 8_448}),
         (LayerFormat(HIDDEN, "float16"), {1: 132, 63: 8_316, 64: 8_448}),
         (LayerFormat(HIDDEN, "int8"), {1: 72, 63: 4_536, 64: 4_608}),
+        (LayerFormat(HIDDEN, "float8_e4m3"), {1: 72, 63: 4_536, 64: 4_608}),
         (LayerFormat(HIDDEN, "int8-g64"), {1: 72, 63: 4_536, 64: 4_608}),
         (LayerFormat(HIDDEN, "int8-smooth"), {1: 72 + 256, 63: 4_536 + 256, 64: 4_608 + 256}),
         (LayerFormat(KV, "float32"), {1: 256, 63: 16_128, 64: 16_384}),
         (LayerFormat(KV, "bfloat16"), {1: 128, 63: 8_064, 64: 8_192}),
         (LayerFormat(KV, "float16"), {1: 128, 63: 8_064, 64: 8_192}),
         (LayerFormat(KV, "int8"), {1: 64 + 128 + 16, 63: 4_032 + 128 + 1_008, 64: 5_248}),
+        (LayerFormat(KV, "float8_e4m3"), {1: 64 + 128 + 16, 63: 4_032 + 128 + 1_008, 64: 5_248}),
         (LayerFormat(NONE), {1: 0, 63: 0, 64: 0}),
     ],
     ids=str,

@@ -6,22 +6,26 @@ found. Work on the model's stream is made up here; the whole engine follows in t
 
 from __future__ import annotations
 
+import inspect
 import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from hcache_rag import pipeline as pipeline_module
 from hcache_rag.device import Event, simulated
 from hcache_rag.device import ring as ring_module
+from hcache_rag.device.races import POISON, RaceError, byte_runs
 from hcache_rag.device.ring import Ring
-from hcache_rag.device.simulated import POISON, RaceError, SimulatedDevice
+from hcache_rag.device.simulated import SimulatedDevice
 from hcache_rag.device.threads import ThreadDevice
 from hcache_rag.layout import LayerFormat, Representation
 from hcache_rag.pipeline import Pipeline
@@ -29,6 +33,7 @@ from hcache_rag.schedule import ChunkUse, Piece
 from hcache_rag.spec import ModelSpec
 from hcache_rag.staging import Chunk, StagedPiece
 
+ROOT = Path(__file__).parent.parent
 SEEDS = 1000
 SEEDS_OF_A_MUTANT = 25
 G, D = 2, 4
@@ -403,6 +408,32 @@ def test_every_synchronisation_is_needed_and_its_absence_is_found(kind: str) -> 
     assert missed == []
 
 
+ORDERS = {
+    "filling a slot": {"slot.copied.wait()"},
+    "freeing pinned memory": {"slot.copied.wait()"},
+    "a copy": {"ring.copying.wait_event(slot.used)"},
+    "a kernel": {"ring.projecting.wait_event(slot.copied)"},
+    "the model's layer": {"self._device.current_stream().wait_event(restored)"},
+    "a request's first copy": {"ring.copying.wait_event(device.record(model))"},
+    "what follows a request": {"model.wait_event(copied)", "model.wait_event(used)"},
+}
+"""The rows of the table in docs/gpu.md, and the lines that make them."""
+
+
+def test_the_orders_of_the_docs_are_the_waits_that_there_are() -> None:
+    """No row without a line, no line without a row; each is broken alone in the test before."""
+    text = (ROOT / "docs" / "gpu.md").read_text()
+    table = text.partition("These are all orders that there are:")[2].partition("\n\nA request")[0]
+    rows = [line.split("|")[1].strip() for line in table.strip().splitlines()[2:]]
+    assert rows == list(ORDERS)
+    places = {"pipeline.py": pipeline_module, "ring.py": ring_module}
+    lines = [
+        inspect.getsource(places[name]).splitlines()[number - 1].partition("#")[0].strip()
+        for name, number in sites(without_wait)
+    ]
+    assert sorted(lines) == sorted(line for its in ORDERS.values() for line in its)
+
+
 @dataclass(frozen=True)
 class Bug:
     """Something else that one can do wrong."""
@@ -510,7 +541,7 @@ def test_a_ring_needs_no_more_than_its_slots() -> None:
     ring = Ring(device, 3)
     for num_bytes in (64, 32, 64, 128, 128):
         ring.fit(num_bytes)
-    sizes = sorted(len(memory) for memory in device._alive.values())
+    sizes = sorted(len(memory) for memory in device.races.alive.values())
     assert sizes == sorted([64] * 6 + [128] * 6)
     assert ring_module.SLOTS > 1
 
@@ -521,11 +552,11 @@ def test_a_ring_needs_no_more_than_its_slots() -> None:
 def test_bytes_of_a_view() -> None:
     """Stretches, for any strides."""
     whole = torch.zeros(2, 3, 4)
-    assert simulated.byte_runs(whole) == [(0, 96)]
-    assert simulated.byte_runs(whole[:, 1:2]) == [(16, 32), (64, 80)]
-    assert simulated.byte_runs(whole[1, :, 1]) == [(52, 56), (68, 72), (84, 88)]
-    assert simulated.byte_runs(whole.transpose(0, 2)) == [(0, 96)]
-    assert simulated.byte_runs(whole[:0]) == []
+    assert byte_runs(whole) == [(0, 96)]
+    assert byte_runs(whole[:, 1:2]) == [(16, 32), (64, 80)]
+    assert byte_runs(whole[1, :, 1]) == [(52, 56), (68, 72), (84, 88)]
+    assert byte_runs(whole.transpose(0, 2)) == [(0, 96)]
+    assert byte_runs(whole[:0]) == []
 
 
 def test_touching_different_bytes_is_no_race() -> None:

@@ -1,9 +1,8 @@
 """A device that is not there, to test what is written for one.
 
 Work is queued, and runs late, in a random order that streams and events allow, on memory that is
-poisoned when it is new and when it is freed. Every access that is declared gets a vector clock
-(Fidge 1988, Mattern 1989): two accesses to the same bytes, one of them writing, that nothing puts
-in order are a `RaceError`, whatever order they happened to run in.
+poisoned when it is new and when it is freed. Accesses that are declared and that nothing puts in
+order are found, see `hcache_rag.device.races`.
 """
 
 from __future__ import annotations
@@ -14,33 +13,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from hcache_rag.device.protocol import Event, Stream
-
-Clock: TypeAlias = dict[str, int]
-"""How far of every actor's work something comes after."""
-
-POISON = 0xFF
-"""Bytes of memory that nobody wrote: not a number in every floating-point dtype."""
-
-
-class RaceError(AssertionError):
-    """Two accesses in no order, memory used after it was freed, or work that never runs."""
-
-
-@dataclass(slots=True)
-class _Access:
-    """What an actor's work at a time of its own clock touches of one storage."""
-
-    actor: str
-    time: int
-    is_write: bool
-    runs: list[tuple[int, int]]
-    name: str
+from hcache_rag.device.races import POISON, Clock, RaceError, Races, all_bytes, storage_of
 
 
 @dataclass(slots=True)
@@ -55,7 +33,7 @@ class _Point:
         """See `Event`: work runs, in random order, until the stream has come there."""
         with self.device.lock:
             self.device.run(lambda: self.is_reached)
-            self.device.follow(self.device.host, self.clock)
+            self.device.races.follow(self.device.host, self.clock)
 
 
 @dataclass(slots=True, eq=False)
@@ -71,7 +49,7 @@ class _Queue:
         """See `Stream`."""
         assert isinstance(event, _Point)
         with self.device.lock:
-            self.device.follow(self.name, event.clock)
+            self.device.races.follow(self.name, event.clock)
             self.put(event, lambda: None)
 
     def put(self, after: _Point | None, work: Callable[[], object]) -> None:
@@ -101,11 +79,8 @@ class SimulatedDevice:
         self._random = random.Random(seed)
         self._haste = self._random.choice((0.0, 0.1, 0.5, 1.0))
         self._checks_declarations = checks_declarations
-        self._clocks: dict[str, Clock] = {}
-        self._accesses: dict[int, list[_Access]] = {}
-        self._alive: dict[int, Tensor] = {}  # so that no two things have one address
+        self.races = Races()
         self._pinned: set[int] = set()
-        self._freed: set[int] = set()
         self._names = threading.local()
         self._streams: list[_Queue] = []
         self._current = self._stream("current", is_current_eager)
@@ -140,8 +115,8 @@ class SimulatedDevice:
         """See `Device`."""
         made = torch.full((num_bytes,), POISON, dtype=torch.uint8)
         with self.lock:
-            self._pinned.add(_storage(made))
-            self._alive[_storage(made)] = made
+            self._pinned.add(storage_of(made))
+            self.races.alive[storage_of(made)] = made
         return made
 
     def memory(self, num_bytes: int) -> Tensor:
@@ -155,11 +130,11 @@ class SimulatedDevice:
     def free(self, memory: Tensor) -> None:
         """See `Device`; poisoned by who may use it next."""
         poison, name = partial_fill(memory), "freed memory"
-        if _storage(memory) in self._pinned:
+        if storage_of(memory) in self._pinned:
             self.on_host(poison, reads=[], writes=[memory], name=name)
         else:
             self.launch(self._current, poison, reads=[], writes=[memory], name=name)
-        self._freed.add(_storage(memory))
+        self.races.free(memory)
 
     def launch(
         self,
@@ -178,10 +153,10 @@ class SimulatedDevice:
         assert isinstance(stream, _Queue)
         with self.lock:
             self.num_launched += 1
-            self.follow(stream.name, self._clock(self.host))
-            self._note(stream.name, reads, writes, name)
+            self.races.follow(stream.name, self.races.clock(self.host))
+            self.races.note(stream.name, reads, writes, name)
             if self._checks_declarations:
-                work = self._watched(work, reads, writes, name)
+                work = self.races.watched(work, reads, writes, name)
             stream.put(None, work)
             self._run_some()
 
@@ -199,7 +174,7 @@ class SimulatedDevice:
             RaceError: it, or other work, is not put in order.
         """
         with self.lock:
-            self._note(self.host, reads, writes, name)
+            self.races.note(self.host, reads, writes, name)
             work()
             self._run_some()
 
@@ -207,19 +182,13 @@ class SimulatedDevice:
         """See `Device`."""
         assert isinstance(stream, _Queue)
         with self.lock:
-            point = _Point(self, dict(self._clock(stream.name)))
+            point = _Point(self, dict(self.races.clock(stream.name)))
 
             def reach() -> None:
                 point.is_reached = True
 
             stream.put(None, reach)
             return point
-
-    def follow(self, actor: str, clock: Clock) -> None:
-        """What `actor` does from now on comes after what `clock` has seen."""
-        its = self._clock(actor)
-        for other, time in clock.items():
-            its[other] = max(its.get(other, 0), time)
 
     @torch.no_grad()
     def run(self, until: Callable[[], bool], at_most: int | None = None) -> None:
@@ -247,115 +216,11 @@ class SimulatedDevice:
         self._streams.append(stream)
         return stream
 
-    def _clock(self, actor: str) -> Clock:
-        return self._clocks.setdefault(actor, {})
-
-    def _note(
-        self, actor: str, reads: Sequence[Tensor], writes: Sequence[Tensor], name: str
-    ) -> None:
-        clock = self._clock(actor)
-        clock[actor] = now = clock.get(actor, 0) + 1
-        for tensor, is_write in [(t, False) for t in reads] + [(t, True) for t in writes]:
-            storage = _storage(tensor)
-            if storage in self._freed:
-                raise RaceError(f"{name!r} ({actor}) uses memory that was freed")
-            self._alive.setdefault(storage, tensor)
-            runs = byte_runs(tensor)
-            before = self._accesses.setdefault(storage, [])
-            for other in before:
-                if (
-                    (is_write or other.is_write)
-                    and clock.get(other.actor, 0) < other.time
-                    and _overlap(runs, other.runs)
-                ):
-                    raise RaceError(
-                        f"{name!r} ({actor}) and {other.name!r} ({other.actor}) touch the same "
-                        "bytes in no order"
-                    )
-            before.append(_Access(actor, now, is_write, runs, name))
-
-    def _watched(
-        self,
-        work: Callable[[], object],
-        reads: Sequence[Tensor],
-        writes: Sequence[Tensor],
-        name: str,
-    ) -> Callable[[], object]:
-        """Work in a world where only what it has declared can be read, or written."""
-
-        def run() -> None:
-            held = {storage: _all_bytes(tensor) for storage, tensor in self._alive.items()}
-            before = {storage: memory.clone() for storage, memory in held.items()}
-            for storage, memory in held.items():
-                memory.fill_(POISON)
-                for tensor in (*reads, *writes):
-                    if _storage(tensor) == storage:
-                        for begin, end in byte_runs(tensor):
-                            memory[begin:end] = before[storage][begin:end]
-            work()
-            for storage, memory in held.items():
-                written = torch.zeros(len(memory), dtype=torch.bool)
-                for tensor in writes:
-                    if _storage(tensor) == storage:
-                        for begin, end in byte_runs(tensor):
-                            written[begin:end] = True
-                undeclared = torch.ones_like(written)
-                for tensor in (*reads, *writes):
-                    if _storage(tensor) == storage:
-                        for begin, end in byte_runs(tensor):
-                            undeclared[begin:end] = False
-                is_clean = bool((memory[undeclared] == POISON).all())
-                kept = ~undeclared & ~written
-                if not is_clean or not torch.equal(memory[kept], before[storage][kept]):
-                    raise RaceError(f"{name!r} writes what it has not declared")
-                memory.copy_(torch.where(written, memory, before[storage]))
-
-        return run
-
 
 def partial_fill(memory: Tensor) -> Callable[[], object]:
     """Work that poisons memory."""
-    return lambda: _all_bytes(memory).fill_(POISON)
-
-
-def byte_runs(tensor: Tensor) -> list[tuple[int, int]]:
-    """The bytes of its storage that a tensor has, as stretches (begin, end)."""
-    item = tensor.element_size()
-    begins = torch.tensor([tensor.storage_offset() * item])
-    length = item
-    for size, stride in sorted(
-        zip(tensor.shape, tensor.stride(), strict=True), key=lambda dim: dim[1]
-    ):
-        if size == 0:
-            return []
-        if stride * item == length and len(begins) == 1:
-            length *= size
-        elif size > 1:
-            steps = torch.arange(size) * stride * item
-            begins = (begins[:, None] + steps[None, :]).flatten()
-    return [(begin, begin + length) for begin in sorted(begins.tolist())]
-
-
-def _overlap(some: list[tuple[int, int]], others: list[tuple[int, int]]) -> bool:
-    """Whether two sorted lists of stretches have a byte in common."""
-    i = j = 0
-    while i < len(some) and j < len(others):
-        if some[i][1] <= others[j][0]:
-            i += 1
-        elif others[j][1] <= some[i][0]:
-            j += 1
-        else:
-            return True
-    return False
+    return lambda: all_bytes(memory).fill_(POISON)
 
 
 def _may_run(after: _Point | None) -> bool:
     return after is None or after.is_reached
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _all_bytes(tensor: Tensor) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())

@@ -15,7 +15,7 @@ from hcache_rag.models.hooks import inputs_of, outputs_of
 from hcache_rag.models.loading import load_config, load_model
 from hcache_rag.models.projecting import Projection, in_heads
 from hcache_rag.models.taps import KEY, QUERY, VALUE
-from hcache_rag.models.tensors import bit_words, tensor_of, torch_dtype
+from hcache_rag.models.tensors import bit_words, element_dtype, tensor_of, torch_dtype
 
 __all__ = [
     "COMPUTE_DTYPES",
@@ -33,6 +33,7 @@ __all__ = [
     "bit_words",
     "device_named",
     "dtype_named",
+    "element_dtype",
     "in_heads",
     "inputs_of",
     "load_config",

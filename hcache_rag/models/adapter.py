@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from hcache_kernels.operands import KeyNorm
 from hcache_rag.layout import Representation
 from hcache_rag.models.decoder import Decoder
 from hcache_rag.models.hooks import EnoughLayersError, inputs_of, outputs_of
+from hcache_rag.models.norms import key_norm_of
 from hcache_rag.models.projecting import (
     Projection,
     RowsNorm,
@@ -74,6 +76,14 @@ class ModelAdapter(Decoder):
     def rows_norms(self) -> list[tuple[RowsNorm | None, RowsNorm | None]]:
         """Of every layer: what its K, and its V, go through behind their projection."""
         return [norms_of_rows(self, layer) for layer in range(self.spec.num_layers)]
+
+    @cached_property
+    def key_norms(self) -> list[KeyNorm | None]:
+        """Of every layer: the same norm of K, in numbers."""
+        norms = (self.part(i, self.family.key_norm) for i in range(self.spec.num_layers))
+        return [
+            None if norm is None else key_norm_of(norm, self.family, self.spec) for norm in norms
+        ]
 
     @torch.no_grad()
     def project(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:

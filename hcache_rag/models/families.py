@@ -180,8 +180,8 @@ class Family:
             left out where an attention has none of this name.
         norm_shape: what these norms take: "tokens" (B, T, G, D), "heads" (B, G, T, D), or "rows"
             (B, T, G * D).
-        is_centred: the norm is a LayerNorm, which takes the mean off, and no RMSNorm.
-        gain_offset: what the norm adds to its weights.
+        is_centred: the norm is a LayerNorm, which takes the mean off, and no RMSNorm; so is K's.
+        gain_offset: what the norm adds to its weights, and that of K to its own.
         positions: see `Positions`.
         is_interleaved: RoPE turns neighbouring channels, not the two halves.
         cos_sin: the rotary embedding's cosines and sines.

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from hcache_kernels import fold_projection, row_scale
 from hcache_rag.errors import UnsupportedModelError
 from hcache_rag.models.decoder import Decoder
+from hcache_rag.models.norms import epsilon
 
 RowsNorm = Callable[[Tensor], Tensor]
 """What rows (T, G * D) of K, or of V, go through behind their projection."""
@@ -36,7 +37,7 @@ def scale_of_rows(decoder: Decoder, layer: int, hidden: Tensor) -> Tensor:
     norm = decoder.norm(layer)
     if norm is None:
         return torch.ones(hidden.shape[:-1], device=hidden.device)
-    return row_scale(hidden, _epsilon(norm), is_centred=decoder.family.is_centred)
+    return row_scale(hidden, epsilon(norm), is_centred=decoder.family.is_centred)
 
 
 def folded(decoder: Decoder, layer: int) -> Projection:
@@ -143,11 +144,6 @@ def _rows_norm(decoder: Decoder, norm: nn.Module | None) -> RowsNorm | None:
         return call(by_head.transpose(1, 2))[0].transpose(0, 1).flatten(-2)
 
     return normed
-
-
-def _epsilon(norm: nn.Module) -> float:
-    names = ("variance_epsilon", "eps")
-    return float(next((e for n in names if (e := getattr(norm, n, None)) is not None), 1e-5))
 
 
 def _weight(linear: nn.Module) -> Tensor:

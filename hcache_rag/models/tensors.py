@@ -18,6 +18,13 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def element_dtype(storage_dtype: str) -> torch.dtype:
+    """The torch dtype of the elements of states that are kept in a storage dtype."""
+    if storage_dtype == "float8_e4m3":
+        return torch.float8_e4m3fn
+    return torch.int8 if storage_dtype.startswith("int8") else torch_dtype(storage_dtype)
+
+
 def tensor_of(words: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
     """An array's memory as a tensor of elements of the same width; nothing is copied.
 
@@ -34,6 +41,6 @@ def tensor_of(words: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
 
 
 def bit_words(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """A CPU tensor's memory as unsigned integers of the same width, shape kept."""
-    word = {4: torch.uint32, 2: torch.uint16}[tensor.element_size()]
+    """A CPU tensor's memory as the words that are stored, of the same width; shape kept."""
+    word = {4: torch.uint32, 2: torch.uint16, 1: torch.int8}[tensor.element_size()]
     return tensor.view(word).numpy()

@@ -5,6 +5,7 @@ Shapes in one alphabet: `T` tokens, `E` hidden size, `G` KV heads, `D` head dim.
 
 from hcache_kernels.fused import dequantise_rows_into, quantise_rows, row_scale
 from hcache_kernels.quant import (
+    copy_numbers,
     dequantise_keys_into,
     dequantise_values_into,
     quantise_keys,
@@ -14,6 +15,7 @@ from hcache_kernels.quant import (
 from hcache_kernels.torch_ops import fold_projection, project_kv, rope_into
 
 __all__ = [
+    "copy_numbers",
     "dequantise_keys_into",
     "dequantise_rows_into",
     "dequantise_values_into",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hcache_kernels.operands import KeyNorm
+
 
 def dequantise_rows(
     rows: Tensor,
@@ -35,12 +37,23 @@ def dequantise_rows(
     return numbers * channels[:, : rows.shape[-1]]
 
 
-def norm_heads(keys: Tensor, gain: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm of each head of `keys` (T, G, D); without a gain (D,) nothing."""
-    if gain is None:
+def chunks_of_rows(tiles: Tensor, num_rows: int) -> Tensor:
+    """Which chunk each row is of, (T,), as the tiles say."""
+    chunks = torch.zeros(num_rows, dtype=torch.long, device=tiles.device)
+    for first, rows, chunk in tiles.tolist():
+        chunks[first : first + rows] = chunk
+    return chunks
+
+
+def norm_keys(keys: Tensor, norm: KeyNorm | None) -> Tensor:
+    """K (T, G, D) behind its norm; as it is where there is none."""
+    if norm is None:
         return keys
-    scale = torch.rsqrt(keys.pow(2).mean(-1, keepdim=True) + eps)
-    return keys * scale * gain.to(keys.dtype)
+    shared = (-2, -1) if norm.is_over_heads else -1
+    mean = keys.mean(shared, keepdim=True) if norm.is_centred else 0.0
+    spread = (keys - mean).pow(2).mean(shared, keepdim=True)
+    made = (keys - mean) * torch.rsqrt(spread + norm.eps) * norm.gain.to(keys.dtype)
+    return made if norm.bias is None else made + norm.bias.to(keys.dtype)
 
 
 def rope(keys: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool) -> Tensor:

@@ -1,10 +1,11 @@
-"""Triton's interpreter, which runs kernels on the CPU: set up so that its bfloat16 is right.
+"""Triton's interpreter, which runs kernels on the CPU: set up so that its small floats are right.
 
 The interpreter keeps bfloat16 as sixteen bits. Its product multiplies these as integers (triton
 3.7.1; reported there as issue 11584), and rounding to bfloat16 cuts off instead of rounding to the
-nearest. Our kernels use bfloat16 in products, loads and stores alone, so that two repairs are all
-that is needed: operands of products are widened (the products of a GPU are exact in float32, too),
-and numbers are rounded as a GPU rounds them.
+nearest. Rounding to eight-bit floats forgets to carry: 1.97 becomes 1 and not 2. Our kernels use
+both in products, loads and stores alone, so that three repairs are all that is needed: operands of
+products are widened (the products of a GPU are exact in float32, too), and numbers are rounded as a
+GPU rounds them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def interpret() -> None:
         raise RuntimeError("the interpreter must be chosen before Triton is imported")
     os.environ["TRITON_INTERPRET"] = "1"
     import numpy as np
+    import torch
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -48,5 +50,14 @@ def interpret() -> None:
         rounded = np.where(np.isnan(source.data), 0x7FC0, nearest).astype(np.uint16)
         return interpreter.TensorHandle(rounded, tl.bfloat16)
 
+    fp_to_fp = interpreter.InterpreterBuilder.create_fp_to_fp
+
+    def carrying_fp_to_fp(builder: Any, source: Any, dtype: Any, mode: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or dtype.scalar != tl.float8e4nv:
+            return fp_to_fp(builder, source, dtype, mode)
+        rounded = torch.from_numpy(source.data).to(torch.float8_e4m3fn).view(torch.uint8)
+        return interpreter.TensorHandle(rounded.numpy(), tl.float8e4nv)
+
     interpreter.InterpreterBuilder.create_dot = create_wide_dot
+    interpreter.InterpreterBuilder.create_fp_to_fp = carrying_fp_to_fp
     interpreter.InterpreterBuilder.cast_impl = rounding_cast

@@ -5,15 +5,16 @@ Imported only where Triton is installed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from hcache_kernels import triton_kernels as kernels
-from hcache_kernels.fused import CacheSlots, KeyTransform, Projection, StoredKV, StoredRows
+from hcache_kernels import triton_kernels, triton_rows
+from hcache_kernels.operands import CacheSlots, Projection, Rotation, StoredKV, StoredRows
+from hcache_kernels.quant import LARGEST
 from hcache_kernels.tiles import ROWS_OF_A_TILE
 
 CHANNELS_OF_A_STEP = 64
@@ -21,8 +22,6 @@ CHANNELS_OF_A_STEP = 64
 WIDEST_HEAD = 128
 """A program takes a whole tile of such heads; of wider ones, registers hold half of it."""
 WARPS, STAGES = 8, 3
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-"""What the largest magnitude becomes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,21 +45,19 @@ def _half(head_dim: int) -> int:
     return max(8, int(triton.next_power_of_2(head_dim)) // 2)
 
 
-def _transform(key: KeyTransform, head_dim: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    rotary = key.cos.shape[-1]
+def _rotation(rotation: Rotation, head_dim: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    rotary = rotation.cos.shape[-1]
     parts = 1 if head_dim <= WIDEST_HEAD else 2
     arguments = {
-        "gain_ptr": key.gain,
-        "cos_ptr": key.cos,
-        "sin_ptr": key.sin,
-        "stride_cos": key.cos.stride(0),
-        "eps": key.eps,
+        "cos_ptr": rotation.cos,
+        "sin_ptr": rotation.sin,
+        "stride_cos": rotation.cos.stride(0),
     }
     constants = {
         "D": head_dim,
         "R": rotary,
         "HALF": _half(head_dim),
-        "INTERLEAVED": key.is_interleaved,
+        "INTERLEAVED": rotation.is_interleaved,
         "ALIGNED": rotary % 16 == 0 and head_dim % 16 == 0,
         "PARTS": parts,
         "BM": ROWS_OF_A_TILE // parts,
@@ -80,16 +77,46 @@ def _targets(target: CacheSlots) -> tuple[dict[str, Any], dict[str, Any]]:
     return {**arguments, "G": target.num_heads}, {"PAGE": target.page_tokens}
 
 
-def rows_launch(
-    stored: StoredRows, projection: Projection, key: KeyTransform, target: CacheSlots
+def launches(
+    stored: StoredRows | StoredKV,
+    projection: Projection | None,
+    rotation: Rotation,
+    target: CacheSlots,
+) -> list[Launch]:
+    """What `hcache_kernels.fused.restore` launches, one behind another: one kernel, or two where K
+    goes through a norm over all heads."""
+    if isinstance(stored, StoredKV):
+        return [_kv_launch(stored, rotation, target)]
+    if projection is None:
+        raise ValueError("layer inputs need a projection")
+    norm = projection.key_norm
+    if norm is None or not norm.is_over_heads:
+        return [_rows_launch(stored, projection, rotation, target)]
+    shape = (target.num_heads, len(stored.rows), target.head_dim)
+    plain = torch.empty(shape, dtype=torch.float32, device=stored.rows.device)
+    squares = torch.empty(shape[:2], dtype=torch.float32, device=stored.rows.device)
+    first = _rows_launch(stored, projection, rotation, target)
+    second = _kv_launch(StoredKV(plain, plain, stored.tiles), rotation, target)
+    into = {"plain_ptr": plain, "square_ptr": squares}
+    out_of = {"gain_ptr": norm.gain, "square_ptr": squares, "eps": norm.eps}
+    return [
+        replace(first, arguments={**first.arguments, **into}),
+        replace(
+            second,
+            grid=(second.grid[0], target.num_heads),
+            arguments={**second.arguments, **out_of},
+        ),
+    ]
+
+
+def _rows_launch(
+    stored: StoredRows, projection: Projection, rotation: Rotation, target: CacheSlots
 ) -> Launch:
-    """The launch for layer inputs, see `hcache_kernels.fused.restore`."""
     width = stored.rows.shape[1]
-    head_dim = target.head_dim
     step = stored.group_channels or CHANNELS_OF_A_STEP
-    by_key, key_constants = _transform(key, head_dim)
+    by_rotation, rotation_constants = _rotation(rotation, target.head_dim)
     by_target, target_constants = _targets(target)
-    quant = stored.quant_scales
+    quant, norm = stored.quant_scales, projection.key_norm
     arguments = {
         "rows_ptr": stored.rows,
         "scale_ptr": stored.row_scales,
@@ -100,28 +127,34 @@ def rows_launch(
         "weight_ptr": projection.weight,
         "bias_ptr": projection.bias,
         "sums_ptr": projection.column_sums if stored.shift is not None else None,
+        "gain_ptr": norm.gain if norm is not None else None,
+        "gain_bias_ptr": norm.bias if norm is not None else None,
+        "plain_ptr": None,
+        "square_ptr": None,
+        "T": len(stored.rows),
         "E": width,
         "stride_row": stored.rows.stride(0),
         "stride_quant": quant.stride(0) if quant is not None else 0,
         "stride_weight": projection.weight.stride(0),
-        **by_key,
+        "eps": norm.eps if norm is not None else 0.0,
+        **by_rotation,
         **by_target,
     }
     constants = {
-        **key_constants,
+        **rotation_constants,
         **target_constants,
         "GROUP": stored.group_channels,
         "EVEN": width % step == 0,
+        "CENTRED": norm is not None and norm.is_centred,
         "BK": step,
     }
     grid = (len(stored.tiles) * constants["PARTS"], 2 * target.num_heads)
-    return Launch(kernels.restore_rows_kernel, grid, arguments, constants)
+    return Launch(triton_kernels.restore_rows_kernel, grid, arguments, constants)
 
 
-def kv_launch(stored: StoredKV, key: KeyTransform, target: CacheSlots) -> Launch:
-    """The launch for K and V, see `hcache_kernels.fused.restore`."""
+def _kv_launch(stored: StoredKV, rotation: Rotation, target: CacheSlots) -> Launch:
     num_heads, num_rows, head_dim = stored.keys.shape
-    by_key, key_constants = _transform(key, head_dim)
+    by_rotation, rotation_constants = _rotation(rotation, head_dim)
     by_target, target_constants = _targets(target)
     arguments = {
         "keys_ptr": stored.keys,
@@ -129,19 +162,22 @@ def kv_launch(stored: StoredKV, key: KeyTransform, target: CacheSlots) -> Launch
         "key_scale_ptr": stored.key_scales,
         "value_scale_ptr": stored.value_scales,
         "tile_ptr": stored.tiles,
+        "gain_ptr": None,
+        "square_ptr": None,
         "T": num_rows,
-        **by_key,
+        "eps": 0.0,
+        **by_rotation,
         **by_target,
     }
-    constants = {**key_constants, **target_constants}
+    constants = {**rotation_constants, **target_constants}
     grid = (len(stored.tiles) * constants["PARTS"], 2 * num_heads)
-    return Launch(kernels.restore_kv_kernel, grid, arguments, constants)
+    return Launch(triton_kernels.restore_kv_kernel, grid, arguments, constants)
 
 
 def quantise_rows(
     rows: Tensor, group_channels: int | None = None, dtype: torch.dtype = torch.int8
 ) -> tuple[Tensor, Tensor]:
-    """See `hcache_kernels.quant.quantise_rows`; also to eight-bit floats."""
+    """See `hcache_kernels.quant.quantise_rows`."""
     tokens, width = rows.shape
     groups = -(-width // group_channels) if group_channels else 1
     out = torch.empty((tokens, width), dtype=dtype, device=rows.device)
@@ -155,28 +191,33 @@ def quantise_rows(
         "stride_row": rows.stride(0),
         "groups": groups,
     }
-    group = group_channels or int(triton.next_power_of_2(width))
-    constants = {"GROUP": group, "LARGEST": LARGEST[dtype]}
-    Launch(kernels.quantise_rows_kernel, (tokens, groups), arguments, constants).run()
+    constants = {**_groups(width, group_channels), "LARGEST": LARGEST[dtype]}
+    Launch(triton_rows.quantise_rows_kernel, (tokens,), arguments, constants).run()
     return out, scales if group_channels else scales.squeeze(-1)
 
 
 def dequantise_rows_into(
-    integers: Tensor, scales: Tensor, group_channels: int | None, out: Tensor
+    numbers: Tensor, scales: Tensor, group_channels: int | None, out: Tensor
 ) -> None:
     """Write what `quantise_rows` made to `out` (T, E)."""
-    tokens, width = integers.shape
+    tokens, width = numbers.shape
     groups = scales.shape[1] if scales.dim() == 2 else 1
     arguments = {
-        "rows_ptr": integers,
+        "rows_ptr": numbers,
         "quant_ptr": scales,
         "out_ptr": out,
         "E": width,
         "groups": groups,
         "stride_out": out.stride(0),
     }
-    constants = {"GROUP": group_channels or int(triton.next_power_of_2(width))}
-    Launch(kernels.dequantise_rows_kernel, (tokens, groups), arguments, constants).run()
+    constants = _groups(width, group_channels)
+    Launch(triton_rows.dequantise_rows_kernel, (tokens,), arguments, constants).run()
+
+
+def _groups(width: int, group_channels: int | None) -> dict[str, int]:
+    """A whole row for each program, in groups, or as one."""
+    group = group_channels or int(triton.next_power_of_2(width))
+    return {"GROUPS": int(triton.next_power_of_2(-(-width // group))), "GROUP": group}
 
 
 def row_statistics(rows: Tensor, eps: float, *, is_centred: bool) -> tuple[Tensor, Tensor | None]:
@@ -194,5 +235,5 @@ def row_statistics(rows: Tensor, eps: float, *, is_centred: bool) -> tuple[Tenso
         "eps": eps,
     }
     constants = {"CENTRED": is_centred, "BE": int(triton.next_power_of_2(width))}
-    Launch(kernels.row_statistics_kernel, (tokens,), arguments, constants).run()
+    Launch(triton_rows.row_statistics_kernel, (tokens,), arguments, constants).run()
     return scale, shift

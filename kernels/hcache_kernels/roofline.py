@@ -18,13 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hcache_kernels.fused import (
-    CacheSlots,
-    KeyTransform,
-    Projection,
-    StoredKV,
-    StoredRows,
-)
+from hcache_kernels.operands import CacheSlots, Projection, Rotation, StoredKV, StoredRows
 from hcache_kernels.tiles import ROWS_OF_A_TILE
 
 REGISTERS = 65536
@@ -117,10 +111,10 @@ class Work:
         shape = (self.heads, self.tokens, self.head_dim)
         return CacheSlots.contiguous(_meta(shape, torch.bfloat16), _meta(shape, torch.bfloat16))
 
-    def key_transform(self) -> KeyTransform:
+    def rotation(self) -> Rotation:
         """RoPE over the whole head."""
         shape = (self.tokens, self.head_dim)
-        return KeyTransform(_meta(shape, torch.bfloat16), _meta(shape, torch.bfloat16))
+        return Rotation(_meta(shape, torch.bfloat16), _meta(shape, torch.bfloat16))
 
 
 WORKS = tuple(
@@ -162,15 +156,14 @@ def bound(work: Work, chip: Chip) -> Bound:
     """Compile a work's kernel for a chip, and divide."""
     from hcache_kernels import aot, launch
 
-    stored, key, target = work.stored_tensors(), work.key_transform(), work.target()
-    if isinstance(stored, StoredRows):
-        launched = launch.rows_launch(stored, work.projection(), key, target)
-        operands = [*_tensors(stored), work.projection().weight]
+    stored, rotation, target = work.stored_tensors(), work.rotation(), work.target()
+    projection = None if work.is_kv else work.projection()
+    (launched,) = launch.launches(stored, projection, rotation, target)
+    operands, flops = _tensors(stored), 0.0
+    if projection is not None:
+        operands = [*operands, projection.weight]
         columns = 2 * launched.constants["HALF"]
         flops = 2.0 * launched.constants["BM"] * columns * work.width
-    else:
-        launched = launch.kv_launch(stored, key, target)
-        operands, flops = _tensors(stored), 0.0
     built = aot.compiled(launched, chip.capability)
     programs = math.prod(launched.grid)
     at_once = min(
@@ -181,7 +174,7 @@ def bound(work: Work, chip: Chip) -> Bound:
     # The last wave takes as long as a full one.
     waves = -(-programs // (chip.multiprocessors * at_once))
     product_s = waves * at_once * flops * chip.multiprocessors / chip.flops_per_s
-    moved = [*operands, target.keys, target.values, key.cos, key.sin]
+    moved = [*operands, target.keys, target.values, rotation.cos, rotation.sin]
     memory_bytes = sum(tensor.numel() * tensor.element_size() for tensor in moved)
     host_bytes = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(stored))
     return Bound(

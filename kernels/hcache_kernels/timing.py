@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hcache_kernels import quant, torch_ops
-from hcache_kernels.fused import StoredRows
+from hcache_kernels.operands import StoredRows
 from hcache_kernels.roofline import Work
 from hcache_kernels.tiles import tiles_of
 
@@ -45,9 +45,10 @@ def timed(work: Work, place: torch.device) -> Timing:
     tiles = tiles_of(chunks, crosses_chunks=not (work.is_kv or is_smooth))
     stored = replace(stored, tiles=torch.tensor(tiles, dtype=torch.int32, device=place))
     projection: Any = _real(work.projection(), place)
-    key, target = _real(work.key_transform(), place), _real(work.target(), place)
+    rotation, target = _real(work.rotation(), place), _real(work.target(), place)
+    (launched,) = launch.launches(stored, None if work.is_kv else projection, rotation, target)
+    fused = launched.run
     if isinstance(stored, StoredRows):
-        fused = launch.rows_launch(stored, projection, key, target).run
         scratch = torch.empty(work.tokens, len(projection.weight), device=place, dtype=_BF16)
 
         def by_torch() -> None:
@@ -57,14 +58,13 @@ def timed(work: Work, place: torch.device) -> Timing:
                 stored.row_scales,
                 projection.weight.t(),
                 None,
-                key.cos,
-                key.sin,
+                rotation.cos,
+                rotation.sin,
                 target.keys,
                 target.values,
                 scratch,
             )
     else:
-        fused = launch.kv_launch(stored, key, target).run
         staged = torch.empty_like(target.keys)
 
         def by_torch() -> None:
@@ -74,7 +74,7 @@ def timed(work: Work, place: torch.device) -> Timing:
                     stored.keys[:, at], stored.key_scales[index], staged[:, at]
                 )
             quant.dequantise_values_into(stored.values, stored.value_scales, target.values)
-            torch_ops.rope_into(staged, key.cos, key.sin, target.keys)
+            torch_ops.rope_into(staged, rotation.cos, rotation.sin, target.keys)
 
     parts = [getattr(stored, f.name) for f in fields(stored)]
     num_bytes = sum(part.nbytes for part in parts if isinstance(part, Tensor))
