@@ -340,7 +340,7 @@ class HCacheEngine:
         bound = self._current()
         pieces = bound.resolve(prompt, add_bos).pieces
         composition = bound.compose(pieces)
-        sizes = span_sizes(composition, bound.prefixes)
+        sizes = span_sizes(composition, bound.prefixes, self.store.read_rate)
         plan, _ = self.planner.plan(sizes, len(composition.fresh_positions))
         return provenance_of(composition, pieces, {}, None, [], fidelity=bound.fidelity, plan=plan)
 
@@ -434,7 +434,7 @@ class HCacheEngine:
         bound = self._current()
         pieces = bound.resolve(prompt).pieces
         composition = bound.compose(pieces)
-        sizes = span_sizes(composition, bound.prefixes)
+        sizes = span_sizes(composition, bound.prefixes, self.store.read_rate)
         _, work = self.planner.plan(sizes, len(composition.fresh_positions))
         with (
             self._missed.paused(),
@@ -494,7 +494,7 @@ class HCacheEngine:
             if text and request.on_text:
                 request.on_text(text)
 
-        sizes = span_sizes(composition, bound.prefixes)
+        sizes = span_sizes(composition, bound.prefixes, self.store.read_rate)
         is_relocated = composition.num_restored > composition.num_exact
         will_repair = bool(bound.repair_share) and is_relocated
         will_remember = request.remember and bound.paths.is_on
@@ -536,7 +536,8 @@ class HCacheEngine:
         timeline = execution.timeline
         if reason != "cancelled":
             on_host = adapter.device.type == "cpu"
-            self.planner.observe(timeline, plan, sees_computing=on_host)
+            is_here = all(size.read_rate is None for size in sizes)
+            self.planner.observe(timeline, plan, sees_computing=on_host, sees_reading=is_here)
         provenance = provenance_of(
             composition,
             pieces,

@@ -22,6 +22,7 @@ from hcache_rag.errors import (
     StoreFullError,
     StoreOpenError,
 )
+from hcache_rag.profile import ReadRate
 from hcache_rag.state import StateKey, StateRecord
 from hcache_rag.store import owners
 from hcache_rag.store.backend import Backend, Durability, Transaction
@@ -348,6 +349,14 @@ class StateStore:
     def prefetch(self, texts: Iterable[str]) -> None:
         """These texts may be asked for soon: those in remote shards begin to come."""
 
+    def read_rate(self, key: StateKey) -> ReadRate | None:
+        """How fast a state comes here; None where it is on this machine, or that is not known.
+
+        Raises:
+            UnreachableStateError: it does not come now.
+        """
+        return None
+
     def delete(self, key: StateKey, *, unless_changed: StateRecord | None = None) -> bool:
         """Delete a state; False where there was none.
 
@@ -653,6 +662,9 @@ class StoreReader:
     def record(self, key: StateKey) -> StateRecord | None:
         """The record of a state; None where there is none that can be read."""
         return self._rows.record(self._txn, key)
+
+    def expect(self, first: Mapping[StateKey, tuple[int, int]]) -> None:
+        """These states are about to be read, each from a (layer, chunk) on."""
 
     def value(self, key: StateKey, layer: int, chunk: int) -> memoryview:
         """The stored value of one chunk, straight from the map where it is not encrypted.
