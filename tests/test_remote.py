@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,7 @@ from hcache_rag import (
     StoreError,
     UnreachableStateError,
 )
-from hcache_rag.plan import Conditions, SpanSize, plan_restore
-from hcache_rag.profile import HardwareProfile, Rates, ReadRate
+from hcache_rag.profile import HardwareProfile
 from hcache_rag.store import flight
 from hcache_rag.store.flights import Flights
 from hcache_rag.store.manifest import Manifest
@@ -127,21 +124,14 @@ def test_what_begins_behind_the_first_value_is_fetched_from_there(
 
 def answers(store: StateStore) -> None:
     """An answer has come over each link: nobody need wait before he asks again."""
-    for link in store._near._links.values():  # type: ignore[attr-defined]
+    for link in store.near._links.values():  # type: ignore[attr-defined]
         link.begin()
         link.end(1)
 
 
 def landed(store: StateStore) -> None:
     """Wait until nothing is on its way."""
-    flights: Flights = store._near.flights  # type: ignore[attr-defined]
-    with flights._lock:
-        on_their_way = [each for each, _ in flights._air.values()]
-        workers = list(flights._workers)
-    for each in on_their_way:
-        assert each.landed.wait(60)
-    for worker in workers:
-        worker.join(60)
+    store.near.flights.join(60)  # type: ignore[attr-defined]
 
 
 def test_who_asks_at_once_shares_one_flight(
@@ -236,8 +226,8 @@ def test_what_does_not_come_is_out_of_reach_for_now(
             monkeypatch.setattr(LocalFileSystem, "cat_file", lambda *a, **k: cat(*a, **k)[:-1])
         else:
             monkeypatch.setattr(FarFileSystem, "before", staticmethod(fails))
-        assert store._near is not None  # type: ignore[attr-defined]
-        store._near.flights.wait_s = 0.05 if how == "silence" else 60.0  # type: ignore[attr-defined]
+        assert store.near is not None  # type: ignore[attr-defined]
+        store.near.flights.wait_s = 0.05 if how == "silence" else 60.0  # type: ignore[attr-defined]
         with pytest.raises(UnreachableStateError):
             stored(store, a_record(1).key)
         end.set()
@@ -338,80 +328,3 @@ def test_an_engine_answers_from_afar_and_without_it(
         found = engine.generate(PROMPT)
         assert found.provenance.restored_tokens == expected.provenance.restored_tokens
         assert found.text == expected.text
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_a_slower_link_makes_the_planner_compute_more(
-    plain: HCacheEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It sees how fast states came; planned by that, less is read than by what the profile says.
-
-    The link is slow by sleeping, and a busy machine makes it only slower. How long computing took
-    here is left out of the plans that are compared.
-    """
-    path = export(tmp_path, lambda store: on(store, plain).precompute(PASSAGES))
-    spec, bytes_per_s, link = plain.adapter.spec, 4e6, threading.Lock()
-    machine = HardwareProfile(
-        "a test's", "none", ReadRate(1e9), ReadRate(1e9), Rates(1e11, 1e11, 1e11, 1e12)
-    )
-
-    def slow(num_bytes: int) -> None:
-        with link:
-            time.sleep(num_bytes / bytes_per_s)
-
-    monkeypatch.setattr(FarFileSystem, "before", staticmethod(slow))
-    with StateStore.open(path) as store:
-        engine = on(store, plain, machine)
-        first = engine.generate(PROMPT).timeline
-        assert first is not None
-        assert first.bytes_read > 1e6
-        now = engine.planner.now
-        (layout,) = {record.layout for record in store.records() if not record.is_preamble}
-    # The newest request is half of the truth: the geometric mean of what was expected and seen.
-    assert now.read_rate.bytes_per_s <= (1e9 * bytes_per_s) ** 0.5
-    spans = [SpanSize(400, layout)] * len(PASSAGES)
-
-    def read_tokens(rate: ReadRate) -> int:
-        plan = plan_restore(spec, spans, machine, Conditions(rate), fresh_tokens=8)
-        return sum((400 - cut.tokens) * (spec.num_layers - cut.layers) for cut in plan.cuts)
-
-    assert read_tokens(now.read_rate) < 0.5 * read_tokens(machine.cold)
-
-
-# --- S3 -----------------------------------------------------------------------------------------
-
-
-def test_states_come_from_an_s3_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """moto's server, through s3fs, as an address in the environment names it."""
-    pytest.importorskip("s3fs")
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(port=0)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setitem(
-            fsspec.config.conf,
-            "s3",
-            {"endpoint_url": f"http://{host}:{port}", "key": "test", "secret": "test"},
-        )
-        s3, _ = fsspec.core.url_to_fs("s3://states")
-        s3.mkdir("states")
-        local = Manifest.create(tmp_path / "local", 2)
-        with StateStore.open(local.path) as store:
-            put(store, *range(20))
-        (tmp_path / "here").mkdir()
-        (tmp_path / "here" / "shards.json").write_text('{"format": 1, "id": "x", "shards": []}')
-        manifest = Manifest.open(tmp_path / "here")
-        for shard in local.shards:
-            shard.publish()
-            export_shard(shard, f"s3://states/{shard.name}")
-            manifest = manifest.with_shard(f"s3://states/{shard.name}")
-        with StateStore.open(manifest.path) as store:
-            assert held(store) == keys(range(20))
-            for number in range(20):
-                assert stored(store, a_record(number).key) == values(number)
-    finally:
-        server.stop()
-    with StateStore.open(tmp_path / "local") as store:
-        assert held(store) == keys(range(20))
-    assert os.path.isdir(tmp_path / "here" / "near")

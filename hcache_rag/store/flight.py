@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import xxhash
 
-from hcache_rag.errors import DamagedStateError, StateError, UnreachableStateError
+from hcache_rag.errors import DamagedStateError, UnreachableStateError
 from hcache_rag.state import StateKey
 from hcache_rag.store.link import Link
 
@@ -67,7 +67,7 @@ class Flight:
         self._data = bytearray(self.num_bytes)
         self._missing = dict.fromkeys(range(-(-self.num_bytes // BLOCK_BYTES)))
         self._next = 0
-        self._error: StateError | None = None
+        self._error: str | None = None
         self._news = threading.Condition()
         self._progress = 0
 
@@ -115,10 +115,10 @@ class Flight:
                 self.is_wanted = False
             self._news.notify_all()
 
-    def failed(self, error: StateError) -> None:
+    def failed(self, why: str) -> None:
         """No more will come."""
         with self._news:
-            self._error = self._error or error
+            self._error = self._error or why
             self._news.notify_all()
 
     def value(self, layer: int, chunk: int, wait_s: float) -> memoryview:
@@ -126,7 +126,6 @@ class Flight:
 
         Raises:
             UnreachableStateError: it does not come.
-            MissingStateError: there is nothing that it could come from.
             DamagedStateError: it is not what was exported.
         """
         offset, size, expected = self._by_chunk[layer, chunk]
@@ -134,7 +133,7 @@ class Flight:
         with self._news:
             while not self._has(offset, size):
                 if self._error is not None:
-                    raise type(self._error)(self.key, self._error.reason)
+                    raise UnreachableStateError(self.key, self._error)
                 before = self._progress
                 if not self._news.wait(wait_s) and self._progress == before:
                     raise UnreachableStateError(self.key, f"nothing has come for {wait_s:g} s")

@@ -13,12 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar, cast
 
-from hcache_rag.errors import (
-    DamagedStateError,
-    MissingStateError,
-    StateError,
-    UnreachableStateError,
-)
+from hcache_rag.errors import DamagedStateError, UnreachableStateError
 from hcache_rag.state import StateKey
 from hcache_rag.store.flight import Flight, Place, Source
 
@@ -52,6 +47,7 @@ class Flights:
         self._landed: OrderedDict[FlightKey, Flight] = OrderedDict()
         self._workers: set[threading.Thread] = set()
         self._carriers: dict[Flight, threading.Thread] = {}
+        self._gone: set[str] = set()
         self._is_closed = False
 
     def of(self, source: Source, key: StateKey) -> Flight | None:
@@ -84,10 +80,8 @@ class Flights:
             name = source.name, key
             if name in self._air:
                 return self._air[name][0]
-            if self._is_closed:
-                raise UnreachableStateError(key, "its store is closed")
-            if source.link.is_down:
-                raise UnreachableStateError(key, f"{source.name} has not answered just now")
+            if (why := self._why_not(source)) is not None:
+                raise UnreachableStateError(key, why)
             ahead = sum(each.num_bytes for each, _ in self._air.values() if not each.is_wanted)
             if not is_wanted and ahead + flight.num_bytes > AHEAD_BYTES:
                 return None
@@ -100,6 +94,18 @@ class Flights:
                 worker.start()
         return flight
 
+    def why_not(self, source: Source) -> str | None:
+        """Why nothing is to be asked of an object now; None if something is."""
+        with self._lock:
+            return self._why_not(source)
+
+    def _why_not(self, source: Source) -> str | None:
+        if self._is_closed:
+            return "its store is closed"
+        if source.name in self._gone:
+            return f"the values of {source.name} are not there"
+        return f"{source.name} has not answered just now" if source.link.is_down else None
+
     def value(self, flight: Flight, layer: int, chunk: int) -> memoryview:
         """A value of a flight, see `Flight.value`."""
         try:
@@ -107,7 +113,7 @@ class Flights:
         except UnreachableStateError as error:
             if not flight.has_failed:  # nothing came: whoever carries it may never come back
                 flight.source.link.failed()
-                self._lose(flight, error)
+                self._lose(flight, error.reason)
             raise
         except DamagedStateError:
             with self._lock:
@@ -150,6 +156,18 @@ class Flights:
         finally:
             source.link.end(came)
 
+    def join(self, wait_s: float) -> None:
+        """Wait until nothing is on its way.
+
+        Raises:
+            TimeoutError: a state is, after `wait_s`.
+        """
+        with self._lock:
+            its = [flight for flight, _ in self._air.values()]
+        for flight in its:
+            if not flight.landed.wait(wait_s):
+                raise TimeoutError(f"state {flight.key.hex()} is on its way after {wait_s:g} s")
+
     def cancel(self, source: Source) -> None:
         """Nobody asks for anything of this object any more."""
         with self._lock:
@@ -158,21 +176,26 @@ class Flights:
                 del self._landed[name]
         self._leave(its)
 
-    def close(self) -> None:
-        """Leave what is on its way; who still carries something is not waited for."""
+    def clear(self) -> None:
+        """Leave what is on its way, and forget what has landed."""
         with self._lock:
-            self._is_closed = True
             its = [flight for flight, _ in self._air.values()]
             self._landed.clear()
         self._leave(its)
+
+    def close(self) -> None:
+        """Leave what is on its way for ever; who still carries something is not waited for."""
+        with self._lock:
+            self._is_closed = True
+        self.clear()
 
     def _leave(self, its: Sequence[Flight]) -> None:
         """What is whole already is kept first; nothing else is waited for."""
         for flight in its:
             if flight.missing_share or not flight.landed.wait(self.wait_s):
-                self._lose(flight, UnreachableStateError(flight.key, "its store is closed"))
+                self._lose(flight, "its store is closed")
 
-    def _lose(self, flight: Flight, why: StateError) -> None:
+    def _lose(self, flight: Flight, why: str) -> None:
         """It will not come."""
         flight.failed(why)
         with self._lock:
@@ -202,11 +225,12 @@ class Flights:
                 self._put_down(flight, len(data))
                 self._go_on(flight)
             except FileNotFoundError as error:  # an answer: other objects may be there
-                self._lose(flight, MissingStateError(flight.key, flight.source.told(error)))
+                with self._lock:
+                    self._gone.add(flight.source.name)
+                self._lose(flight, f"it is not there: {flight.source.told(error)}")
             except Exception as error:  # every file system has errors of its own
                 flight.source.link.failed()
-                reason = f"it cannot be fetched: {flight.source.told(error)}"
-                self._lose(flight, UnreachableStateError(flight.key, reason))
+                self._lose(flight, f"it cannot be fetched: {flight.source.told(error)}")
 
     def _next(self) -> Flight | None:
         """The flight whose block this thread is to bring next; None: it is to end."""

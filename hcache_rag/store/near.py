@@ -49,7 +49,11 @@ class Near:
     """
 
     def __init__(
-        self, folder: Path, namespace: str, max_bytes: int = NEAR_MAX_BYTES, wait_s: float = WAIT_S
+        self,
+        folder: Path,
+        namespace: str,
+        max_bytes: int = NEAR_MAX_BYTES,
+        wait_s: float | None = None,
     ) -> None:
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self.folder = folder
@@ -63,7 +67,7 @@ class Near:
             (self.folder / "index").mkdir()
             logger.warning("states from afar are kept for this process alone: %s", error)
         self.store = _states(self.folder / "states", namespace, max_bytes)
-        self.flights = Flights(wait_s)
+        self.flights = Flights(WAIT_S if wait_s is None else wait_s)
         self._links: dict[str, Link] = {}
 
     def link(self, url: str) -> Link:
@@ -101,6 +105,12 @@ class Near:
                 unfinished.unlink(missing_ok=True)
         write_whole(seen, json.dumps(summary))
         return folder
+
+    def clear(self) -> None:
+        """Leave what is on its way, and forget all states that are near."""
+        self.flights.clear()
+        for record in list(self.store.records()):
+            self.store.delete(record.key)
 
     def _asked(self, ask: Callable[[], Any], url: str) -> Any:
         """What a file system answers, if it answers in time."""

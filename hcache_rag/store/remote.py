@@ -22,7 +22,7 @@ from hcache_rag.errors import (
 from hcache_rag.profile import ReadRate
 from hcache_rag.state import StateKey, StateRecord
 from hcache_rag.store.export import VALUES, export_shard, places_of
-from hcache_rag.store.flight import BLOCK_BYTES, Flight, Place, Source, checksum
+from hcache_rag.store.flight import Flight, Place, Source, checksum
 from hcache_rag.store.near import Near
 from hcache_rag.store.rows import NewState
 from hcache_rag.store.states import StateStore, StoreReader
@@ -32,6 +32,9 @@ from hcache_rag.store.verify import Damage, VerifyReport
 __all__ = ["VALUES", "RemoteStore", "export_shard"]
 
 logger = logging.getLogger("hcache_rag")
+
+PROBE_BYTES = 1 << 18
+"""By so much it is seen how fast a link is, when nothing has come over it yet."""
 
 
 class RemoteStore(StateStore):
@@ -46,7 +49,7 @@ class RemoteStore(StateStore):
     def open_url(cls, url: str, near: Near, *, namespace: str) -> RemoteStore:
         """Open an exported shard; its index is copied here if that was not done yet.
 
-        A block is fetched, to see how fast the link is, if nothing has come over it yet.
+        A little is fetched, to see how fast the link is, if nothing has come over it yet.
 
         Raises:
             StoreOpenError: it cannot be reached, or is not one.
@@ -67,7 +70,7 @@ class RemoteStore(StateStore):
 
         source = Source(without_secrets(url), near.link(url), read, lambda error: told(error, url))
         if source.link.rate is None and not source.link.is_down:
-            near.flights.probe(source, BLOCK_BYTES)
+            near.flights.probe(source, PROBE_BYTES)
         return cls(StateStore.open(folder, namespace=namespace, read_only=True), source, near)
 
     @contextmanager
@@ -91,8 +94,8 @@ class RemoteStore(StateStore):
         share = flight.missing_share if flight is not None else 1.0
         if not share:
             return None
-        if self._source.link.is_down:
-            raise UnreachableStateError(key, f"{self._source.name} has not answered just now")
+        if (why := self._near.flights.why_not(self._source)) is not None:
+            raise UnreachableStateError(key, why)
         rate = self._source.link.rate
         return ReadRate(rate.bytes_per_s / share) if rate is not None else None
 

@@ -46,6 +46,7 @@ class ShardedStore(StateStore):
 
     Attributes:
         down: shards that could not be opened, by name, and why.
+        near: what of remote shards is on this disk; None where there are none.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class ShardedStore(StateStore):
         self._opened = sorted(opened, key=lambda s: (s.store.read_only, s.shard.is_remote))
         self._writable = {s.name: s.store for s in self._opened if not s.store.read_only}
         self._placement = Placement(sorted(self._writable))
-        self._near = near
+        self.near = near
         self._anchors: dict[str, Anchors] = {}
         self._is_open = True
 
@@ -228,13 +229,13 @@ class ShardedStore(StateStore):
             yield JoinedReader(list(readers))
 
     def prefetch(self, texts: Iterable[str]) -> None:
-        if self._near is not None:
+        if self.near is not None:
             known = list(texts)
             for shard in self._all:
                 shard.store.prefetch(known)
 
     def read_rate(self, key: StateKey) -> ReadRate | None:
-        holder = self._holder(key) if self._near is not None else None
+        holder = self._holder(key) if self.near is not None else None
         return holder.read_rate(key) if holder is not None else None
 
     def delete(self, key: StateKey, *, unless_changed: StateRecord | None = None) -> bool:
@@ -401,8 +402,8 @@ class ShardedStore(StateStore):
             self._is_open = False
             for shard in self._opened:
                 shard.store.close()
-            if self._near is not None:
-                self._near.close()
+            if self.near is not None:
+                self.near.close()
 
     def __reduce__(self) -> tuple[Callable[..., StateStore], tuple[Any, ...]]:
         for shard in self._opened:
