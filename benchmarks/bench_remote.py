@@ -10,8 +10,8 @@ full      no states: the whole prompt is read
 fetched   all states are fetched, whatever that takes (no profile, so nothing is planned)
 planned   the planner chooses by the link's rate as it was seen
 
-and the share of the stored bytes that the plan reads. Targets: at every rate `planned` takes at most
-1.15x of the better one of the others, and it reads no more than at the next faster rate.
+and the share of the stored bytes that the plan reads. Targets: at every rate `planned` takes at
+most 1.15x of the better one of the others, and it reads no more than at the next faster rate.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def _targets(rows: list[dict[str, Any]]) -> list[Target]:
         for row in rows
     ]
     shares = [row["share_read"] for row in rows]
-    drops = [before - after for before, after in zip(shares, shares[1:], strict=False)]
+    drops = [before - after for before, after in pairwise(shares)]
     return [*found, at_most("most that a faster link reads less, in shares", max(drops), 0.1)]
 
 

@@ -205,9 +205,14 @@ def test_a_shard_that_is_replaced_in_place_gives_no_old_values(far: Far, tmp_pat
 class _Refusing(BaseHTTPRequestHandler):
     """What S3 says to a key that it does not know."""
 
+    def do_HEAD(self) -> None:
+        self.send_response(403)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
     def do_GET(self) -> None:
         body = (
-            b"<Error><Code>InvalidAccessKeyId</Code><Message>The AWS Access Key Id you provided "
+            b"<Error><Code>AccessDenied</Code><Message>The AWS Access Key Id you provided "
             b"does not exist in our records.</Message></Error>"
         )
         self.send_response(403)
@@ -226,7 +231,7 @@ def test_wrong_credentials_are_told_without_them(
     with serving(_Refusing) as port:
         wrong = server_at(port) | {"key": "nobody", "secret": "pa55word"}
         monkeypatch.setitem(fsspec.config.conf, "s3", wrong)
-        with pytest.raises(StoreOpenError, match="Access Key Id you provided") as caught:
+        with pytest.raises(StoreOpenError, match="PermissionError") as caught:
             far.open()
     assert "pa55word" not in str(caught.value)
 

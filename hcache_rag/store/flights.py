@@ -193,27 +193,29 @@ class Flights:
         """What is whole already is kept first; nothing else is waited for."""
         for flight in its:
             if flight.missing_share or not flight.landed.wait(self.wait_s):
-                self._lose(flight, "its store is closed")
+                self._lose(flight, "it was given up", num_bytes=None)
 
-    def _lose(self, flight: Flight, why: str) -> None:
-        """It will not come."""
+    def _lose(self, flight: Flight, why: str, num_bytes: int | None = 0) -> None:
+        """It will not come; `num_bytes` as for `_put_down`."""
         flight.failed(why)
         with self._lock:
             self._air.pop((flight.source.name, flight.key), None)
             if flight in self._queue:
                 self._queue.remove(flight)
-        carrier = self._put_down(flight, 0)
+        carrier = self._put_down(flight, num_bytes)
         if carrier is not None and carrier is not threading.current_thread():
             with self._lock:
                 self._workers.discard(carrier)  # it may never come back: another takes its place
         flight.landed.set()
 
-    def _put_down(self, flight: Flight, num_bytes: int) -> threading.Thread | None:
-        """Nobody carries it now, after so much has come; who did, where somebody did."""
+    def _put_down(self, flight: Flight, num_bytes: int | None) -> threading.Thread | None:
+        """Nobody carries it now, after so much has come, or given up; who did, if somebody did."""
         with self._lock:
             carrier = self._carriers.pop(flight, None)
-        if carrier is not None:
+        if carrier is not None and num_bytes is not None:
             flight.source.link.end(num_bytes)
+        elif carrier is not None:
+            flight.source.link.left()
         return carrier
 
     def _work(self) -> None:

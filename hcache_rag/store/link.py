@@ -55,6 +55,12 @@ class Link:
             if self._busy_s > MEMORY_S:
                 self._busy_s, self._bytes = self._busy_s / 2, self._bytes / 2
 
+    def left(self) -> None:
+        """It was given up by who asked: nothing is seen by that."""
+        with self._lock:
+            self._since = self._now()
+            self._asked -= 1
+
     def failed(self) -> None:
         """It does not come: nothing else is asked for, for a while."""
         with self._lock:
