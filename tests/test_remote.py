@@ -18,11 +18,13 @@ from hcache_rag import (
     StoreError,
     UnreachableStateError,
 )
-from hcache_rag.profile import HardwareProfile
+from hcache_rag.profile import HardwareProfile, ReadRate
 from hcache_rag.store import flight
 from hcache_rag.store.flights import Flights
+from hcache_rag.store.link import Link
 from hcache_rag.store.manifest import Manifest
 from hcache_rag.store.remote import VALUES, export_shard
+from hcache_rag.store.urls import without_secrets
 
 fsspec = pytest.importorskip("fsspec")
 from fsspec.implementations.local import LocalFileSystem  # noqa: E402
@@ -328,3 +330,86 @@ def test_an_engine_answers_from_afar_and_without_it(
         found = engine.generate(PROMPT)
         assert found.provenance.restored_tokens == expected.provenance.restored_tokens
         assert found.text == expected.text
+
+
+# --- faults of the tier, the link and URLs ------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["no folder", "damaged", "no states"])
+def test_a_tier_that_cannot_be_used_takes_nothing_down(how: str, tmp_path: Path) -> None:
+    path = export(tmp_path, lambda store: put(store, *range(5)))
+    near = path.parent / "near"
+    if how == "no folder":
+        near.write_text("in its place")
+    elif how == "damaged":
+        (near / "states").mkdir(parents=True)
+        (near / "states" / "data.mdb").write_bytes(b"?" * 9000)
+    else:
+        near.mkdir()
+        (near / "states").write_text("in its place")
+    for _ in range(2):
+        with StateStore.open(path) as store:
+            for number in range(5):
+                assert stored(store, a_record(number).key) == values(number)
+
+
+def test_a_manifest_that_is_edited_counts_when_it_is_opened_again(tmp_path: Path) -> None:
+    path = export(tmp_path, lambda store: put(store, *range(20)))
+    with StateStore.open(path) as store:
+        whole = path.read_text()
+        path.write_text(whole[: len(whole) // 2])
+        assert held(store) == keys(range(20))
+        assert stored(store, a_record(1).key) == values(1)
+    with pytest.raises(StoreError, match="is not a manifest of shards"):
+        StateStore.open(path)
+    path.write_text(whole)
+    with StateStore.open(path) as store:
+        assert held(store) == keys(range(20))
+
+
+def test_two_stores_share_a_tier(tmp_path: Path, blocks: list[tuple[int, int]]) -> None:
+    path = export(tmp_path, lambda store: put(store, *range(10)))
+    with StateStore.open(path) as one, StateStore.open(path) as other:
+        for number in range(10):
+            assert stored(one, a_record(number).key) == values(number)
+        landed(one)
+        for number in range(10):
+            assert stored(other, a_record(number).key) == values(number)
+    assert sum(end - begin for begin, end in blocks) == 10 * STATE_BYTES
+
+
+def test_a_link_is_timed_while_it_is_busy_and_left_alone_after_failures() -> None:
+    clock = [0.0]
+    link = Link(lambda: clock[0])
+    assert link.rate is None
+    link.begin()
+    link.begin()
+    clock[0] = 1.0
+    link.end(300)
+    link.end(100)
+    clock[0] = 50.0  # nothing was asked for
+    assert link.rate == ReadRate(400.0)
+    for pause in (1.0, 2.0, 4.0):
+        link.failed()
+        link.failed()  # another one that was on its way counts once
+        clock[0] += pause - 0.1
+        assert link.is_down
+        clock[0] += 0.2
+        assert not link.is_down
+    link.begin()
+    link.end(1)
+    link.failed()
+    clock[0] += 1.1
+    assert not link.is_down
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("http://me:secret@host/a", "http://***@host/a"),
+        ("OSError('https://host/a?sig=secret&x=1')", "OSError('https://host/a?***')"),
+        ("s3://bucket/what", "s3://bucket/what"),
+    ],
+)
+def test_a_url_is_told_without_its_secrets(text: str, told: str) -> None:
+    assert without_secrets(text) == told

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -311,6 +316,32 @@ def test_a_slower_link_makes_the_planner_compute_more(
     assert shares == sorted(shares, reverse=True)
     assert shares[0] > 2 * shares[-1]
     assert shares[-1] == 0
+
+
+def test_it_does_so_in_a_network_namespace(tmp_path: Path) -> None:
+    """The kernel's own queue limits the rate there; the relay adds the delay."""
+    namespace = ["unshare", "--map-root-user", "--net"]
+    for tool in ("unshare", "ip", "tc"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    able = "ip link set lo up && tc qdisc add dev lo root tbf rate 1mbit burst 64kb latency 1s"
+    tried = subprocess.run([*namespace, "sh", "-c", able], capture_output=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"no namespace with a limited rate here: {tried.stderr.decode().strip()}")
+    here = Path(__file__).parent
+    roots = [here, here.parent, *(here.parent / n for n in ("kernels", "indexers", "benchmarks"))]
+    done = subprocess.run(
+        [*namespace, sys.executable, str(here / "in_namespace.py"), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, roots))},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    num_bytes = json.loads(done.stdout.splitlines()[-1])
+    assert num_bytes == sorted(num_bytes, reverse=True)
+    assert num_bytes[0] > 2 * num_bytes[-1]
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from itertools import islice
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from hcache_rag.errors import (
     MissingStateError,
@@ -50,6 +50,8 @@ from hcache_rag.store.texts import records_alike
 from hcache_rag.store.uses import Uses
 from hcache_rag.store.verify import VerifyReport, repair, verify
 from hcache_rag.texts import TextView
+
+Its = TypeVar("Its", bound="StateStore")
 
 DEFAULT_NAMESPACE = "default"
 
@@ -640,7 +642,7 @@ class StateStore:
             self.flush_uses()
         self._session.close()
 
-    def __enter__(self) -> StateStore:
+    def __enter__(self: Its) -> Its:
         return self
 
     def __exit__(
