@@ -80,7 +80,7 @@ class _Bench:
 
     def __init__(self, folder: Path, server_port: int, repeats: int) -> None:
         self.folder, self.repeats = folder, repeats
-        self.model, self.tokenizer = load_model(default_model_path())
+        self.model, self.tokenizer = load_model(str(default_model_path()))
         self.texts = passages(3)
         self.prompt = "Read this.\n\n" + "\n\n".join(self.texts) + "\n\nWhat is it about?"
         local = Manifest.create(folder / "local", 1)
