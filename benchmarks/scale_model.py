@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +75,9 @@ class PacedReader:
     def __init__(self, reader: ValueReader, bytes_per_s: float) -> None:
         self._reader, self._bytes_per_s = reader, bytes_per_s
         self._free_at_s = 0.0
+
+    def expect(self, first: Mapping[StateKey, tuple[int, int]]) -> None:
+        self._reader.expect(first)
 
     def value(self, key: StateKey, layer: int, chunk: int) -> memoryview:
         value = self._reader.value(key, layer, chunk)

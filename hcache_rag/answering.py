@@ -133,7 +133,7 @@ class Answering:
         self, bound: Bound, composition: Composition, unseen: Sequence[Rows] = ()
     ) -> tuple[RestorePlan, Schedule]:
         """What to read and what to compute of a composition, and in which order."""
-        sizes = span_sizes(composition, bound.prefixes)
+        sizes = span_sizes(composition, bound.prefixes, bound.store.read_rate)
         return self.planner.plan(sizes, len(composition.fresh_positions), unseen)
 
     def _answer(self, composition: Composition, request: Request) -> Generation:
@@ -170,7 +170,9 @@ class Answering:
         timeline = execution.timeline
         if reason != "cancelled":
             on_host = adapter.device.type == "cpu"
-            self.planner.observe(timeline, plan, sees_computing=on_host)
+            rates = (bound.store.read_rate(span.record.key) for span in composition.spans)
+            is_here = all(rate is None for rate in rates)
+            self.planner.observe(timeline, plan, sees_computing=on_host, sees_reading=is_here)
         provenance = provenance_of(
             composition,
             pieces,

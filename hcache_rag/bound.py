@@ -172,6 +172,10 @@ class Bound:
             return "it goes on from something that was restored with a loss"
         if record.layout.num_none and record.parent not in self.prefixes:
             return "some layers are not kept, and what it was computed after is not known"
+        try:
+            self.store.read_rate(record.key)
+        except UnreachableStateError as error:
+            return error.reason
         return None
 
     def state_for(self, text: str) -> StateRecord | None:

@@ -10,7 +10,7 @@ the forward pass only goes on behind it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ from hcache_rag.models import ModelAdapter, in_heads
 from hcache_rag.pipeline import Pipeline
 from hcache_rag.plan import SpanSize, plan_restore
 from hcache_rag.prefixes import Prefixes
+from hcache_rag.profile import ReadRate
 from hcache_rag.restoring import Restorer
 from hcache_rag.schedule import ChunkUse, Piece, Schedule, schedule
 from hcache_rag.staging import Chunk, chunk_tensors
@@ -39,6 +40,9 @@ from hcache_rag.timeline import COMPUTING, READING, Step, Timeline
 
 class ValueReader(Protocol):
     """Gives stored values as they are, valid while the reading block lasts."""
+
+    def expect(self, first: Mapping[StateKey, tuple[int, int]]) -> None:
+        """These states are about to be read, each from a (layer, chunk) on."""
 
     def value(self, key: StateKey, layer: int, chunk: int) -> memoryview:
         """The value.
@@ -55,14 +59,23 @@ class Readable(Protocol):
         """A consistent view for one thread, in which the states of `keys` stay."""
 
 
-def span_sizes(composition: Composition, prefixes: Prefixes | None) -> list[SpanSize]:
-    """What the planner needs to know of a composition's spans."""
+def span_sizes(
+    composition: Composition,
+    prefixes: Prefixes | None,
+    read_rate: Callable[[StateKey], ReadRate | None] = lambda _key: None,
+) -> list[SpanSize]:
+    """What the planner needs to know of a composition's spans.
+
+    Args:
+        read_rate: of a state that comes from afar, see `StateStore.read_rate`.
+    """
     return [
         SpanSize(
             span.num_tokens,
             span.record.layout,
             prefixes is not None and span.record.parent in prefixes,
             span.record.num_tokens - span.num_tokens,
+            read_rate(span.record.key),
         )
         for span in composition.spans
     ]
@@ -112,6 +125,7 @@ class Execution:
     @contextmanager
     def running(self, reader: ValueReader) -> Iterator[None]:
         """The lanes, with the reading lane under way; leaving the block stops it."""
+        reader.expect(self._first_chunks())
         try:
             with (
                 self._device_running(),
@@ -125,6 +139,15 @@ class Execution:
                     self._computing.close()
         finally:
             self._read.clear()  # the views end with the reader
+
+    def _first_chunks(self) -> dict[StateKey, tuple[int, int]]:
+        """The first (layer, chunk) that is read of each state."""
+        first: dict[StateKey, tuple[int, int]] = {}
+        for layer, pieces in enumerate(self.work.pieces):
+            for use in sorted((u for p in pieces for u in p.chunks), key=lambda use: use.chunk):
+                key = self.composition.spans[use.span].record.key
+                first.setdefault(key, (layer, use.chunk))
+        return first
 
     def _device_running(self) -> AbstractContextManager[None]:
         if self._pipeline is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -314,6 +314,11 @@ class _Either:
         self._documents = documents
         self._paths = paths
         self._keys = keys
+
+    def expect(self, first: Mapping[StateKey, tuple[int, int]]) -> None:
+        """See `StoreReader.expect`."""
+        others = {key: place for key, place in first.items() if key not in self._keys}
+        self._documents.expect(others)
 
     def value(self, key: StateKey, layer: int, chunk: int) -> memoryview:
         """See `StoreReader.value`."""

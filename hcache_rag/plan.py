@@ -45,12 +45,14 @@ class SpanSize:
         layout: what the state keeps.
         is_recomputable: whether the tokens that the state was computed after are known.
         unused_tokens: behind these, that the state has as well.
+        read_rate: of its own, where it does not come from the store's disk but from afar.
     """
 
     tokens: int
     layout: StateLayout
     is_recomputable: bool = True
     unused_tokens: int = 0
+    read_rate: ReadRate | None = None
 
     def tokens_of_chunk(self, chunk: int) -> int:
         """Tokens of a stored chunk, used or not."""
@@ -218,10 +220,11 @@ class _Candidates:
         def reading(fmt: LayerFormat, span: SpanSize) -> float:
             count = span.layout.num_chunks(span.tokens)
             chunks = tuple(span.tokens_of_chunk(chunk) for chunk in range(count))
-            return float(now.read_rate(_value_bytes(fmt, spec, chunks), 0))
+            return float((span.read_rate or now.read_rate)(_value_bytes(fmt, spec, chunks), 0))
 
         def requesting(_fmt: LayerFormat, span: SpanSize) -> float:
-            return span.layout.num_chunks(span.tokens) * now.read_rate.per_request_s
+            rate = span.read_rate or now.read_rate
+            return span.layout.num_chunks(span.tokens) * rate.per_request_s
 
         def moving(fmt: LayerFormat, span: SpanSize) -> float:
             return slower * span.tokens * costs.restore(fmt).per_token_s

@@ -59,7 +59,12 @@ class Planner:
         return chosen, work
 
     def observe(
-        self, timeline: Timeline, plan: RestorePlan, *, sees_computing: bool = True
+        self,
+        timeline: Timeline,
+        plan: RestorePlan,
+        *,
+        sees_computing: bool = True,
+        sees_reading: bool = True,
     ) -> None:
         """Learn from a request that has ended, and from what it was planned for.
 
@@ -68,6 +73,7 @@ class Planner:
             plan: what it was planned for.
             sees_computing: whether computing steps took what the timeline says; where they were
                 only launched, nothing is learned from them.
+            sees_reading: whether all that was read came from the store's disk.
         """
         with self._lock:
             if self._now is None or self.profile is None:
@@ -76,7 +82,9 @@ class Planner:
             # Where nothing was read, nothing was seen: forget slowly, so that it is tried again.
             has_read = read_s > 0 and num_bytes > 0
             seen = num_bytes / read_s if has_read else self.profile.cold.bytes_per_s
-            rate = _mean(self._now.read_rate.bytes_per_s, seen)
+            rate = self._now.read_rate.bytes_per_s
+            if sees_reading:
+                rate = _mean(rate, seen)
             factor = self._now.compute_factor
             took_s = timeline.busy_s(COMPUTING)
             predicted_s = sum(e.step.cost_s for e in timeline.events if e.step.lane == COMPUTING)

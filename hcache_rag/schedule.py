@@ -230,14 +230,17 @@ class _Steps:
 
     def _piece(self, piece: Piece) -> tuple[float, float, int]:
         """Seconds of reading and of restoring a piece, and its bytes."""
-        num_bytes = sum(
-            piece.fmt.value_bytes(self.spec, self.spans[use.span].tokens_of_chunk(use.chunk))
-            for use in piece.chunks
-        )
+        spans = [self.spans[use.span] for use in piece.chunks]
+        sizes = [
+            piece.fmt.value_bytes(self.spec, span.tokens_of_chunk(use.chunk))
+            for span, use in zip(spans, piece.chunks, strict=True)
+        ]
+        num_bytes = sum(sizes)
         if self.costs is None or self.now is None:
             return 0.0, 0.0, num_bytes
         restore_s = self.costs.restore(piece.fmt)(piece.stop - piece.start)
-        read_s = self.now.read_rate(num_bytes, len(piece.chunks))
+        rates = [span.read_rate or self.now.read_rate for span in spans]
+        read_s = sum(rate(size) for rate, size in zip(rates, sizes, strict=True))
         return float(read_s), self.now.compute_factor * float(restore_s), num_bytes
 
     def _recomputing_s(self, job: Recomputation) -> float:

@@ -30,8 +30,8 @@ from hcache_rag.device.threads import ThreadDevice
 from hcache_rag.errors import DamagedStateError, UnsupportedModelError
 from hcache_rag.executor import Execution
 from hcache_rag.layout import STORAGE_DTYPES, LayerFormat, Representation, StateLayout
-from hcache_rag.models import ModelAdapter
 from hcache_rag.models.norms import key_norm_of
+from hcache_rag.models.projecting import folded
 from hcache_rag.pipeline import Pipeline
 from hcache_rag.plan import Cut, RestorePlan
 from hcache_rag.planner import Planner
@@ -256,7 +256,7 @@ def test_what_all_requests_share_is_made_by_the_model(monkeypatch: pytest.Monkey
 
         return making
 
-    monkeypatch.setattr(ModelAdapter, "_fold", told(ModelAdapter._fold))
+    monkeypatch.setattr("hcache_rag.models.adapter.folded", told(folded))
     monkeypatch.setattr("hcache_rag.models.adapter.key_norm_of", told(key_norm_of))
     monkeypatch.setattr(fused, "restore", by_twins)
     tiny = next(tiny for tiny in TINY if tiny.family == "qwen3")

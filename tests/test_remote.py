@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,13 @@ from hcache_rag import (
     StoreError,
     UnreachableStateError,
 )
-from hcache_rag.plan import Conditions, SpanSize, plan_restore
-from hcache_rag.profile import HardwareProfile, Rates, ReadRate
-from hcache_rag.store import remote
+from hcache_rag.profile import HardwareProfile, ReadRate
+from hcache_rag.store import flight
+from hcache_rag.store.flights import Flights
+from hcache_rag.store.link import Link
 from hcache_rag.store.manifest import Manifest
 from hcache_rag.store.remote import VALUES, export_shard
+from hcache_rag.store.urls import without_secrets
 
 fsspec = pytest.importorskip("fsspec")
 from fsspec.implementations.local import LocalFileSystem  # noqa: E402
@@ -60,6 +60,7 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     fetched: list[tuple[int, int]] = []
     monkeypatch.setattr(FarFileSystem, "blocks", fetched)
     monkeypatch.setattr(FarFileSystem, "before", staticmethod(lambda _: None), raising=False)
+    monkeypatch.setattr(Flights, "probe", lambda *_: None)  # has a test of its own
     return fetched
 
 
@@ -103,18 +104,36 @@ def test_states_from_afar_are_those_that_were_exported(
 
 
 def test_what_begins_behind_the_first_value_is_fetched_from_there(
-    tmp_path: Path, blocks: list[tuple[int, int]]
+    tmp_path: Path, blocks: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where first layers are recomputed; only a whole state is kept near."""
+    """As where first layers are recomputed; the rest comes last, and then the state is near."""
     path = export(tmp_path, lambda store: put(store, 1))
-    rest = [value for layer, _, value in values(1) if layer >= 1]
+    monkeypatch.setattr(flight, "BLOCK_BYTES", STATE_BYTES // 6)
+    rest = [(la, ch) for la, ch, _ in values(1) if la >= 1]
     for _ in range(2):
         with StateStore.open(path) as store, store.reading([a_record(1).key]) as reader:
-            found = [
-                bytes(reader.value(a_record(1).key, la, ch)) for la, ch, _ in values(1) if la >= 1
-            ]
-            assert found == rest
-    assert sum(end - begin for begin, end in blocks) == 2 * sum(map(len, rest))
+            found = [bytes(reader.value(a_record(1).key, la, ch)) for la, ch in rest]
+            assert found == [value for la, _, value in values(1) if la >= 1]
+            landed(store)
+    begins = [begin for begin, _ in blocks]
+    first = min(begins)
+    assert begins[0] > first
+    assert begins == sorted(b for b in begins if b >= begins[0]) + sorted(
+        b for b in begins if b < begins[0]
+    )
+    assert sum(end - begin for begin, end in blocks) == STATE_BYTES
+
+
+def answers(store: StateStore) -> None:
+    """An answer has come over each link: nobody need wait before he asks again."""
+    for link in store.near._links.values():  # type: ignore[attr-defined]
+        link.begin()
+        link.end(1)
+
+
+def landed(store: StateStore) -> None:
+    """Wait until nothing is on its way."""
+    store.near.flights.join(60)  # type: ignore[attr-defined]
 
 
 def test_who_asks_at_once_shares_one_flight(
@@ -124,15 +143,15 @@ def test_who_asks_at_once_shares_one_flight(
     path = export(tmp_path, lambda store: put(store, 1))
     asked = threading.Barrier(5)
     monkeypatch.setattr(FarFileSystem, "before", staticmethod(lambda _: asked.wait(60)))
-    monkeypatch.setattr(remote, "BLOCK_BYTES", 2 * STATE_BYTES)
-    fetch = remote.RemoteStore._fetch
+    monkeypatch.setattr(flight, "BLOCK_BYTES", 2 * STATE_BYTES)
+    begin = Flights.start
 
-    def fetching(*arguments: Any) -> Any:
-        flight = fetch(*arguments)
+    def beginning(*arguments: Any, **options: Any) -> Any:
+        found = begin(*arguments, **options)
         asked.wait(60)
-        return flight
+        return found
 
-    monkeypatch.setattr(remote.RemoteStore, "_fetch", fetching)
+    monkeypatch.setattr(Flights, "start", beginning)
     found: list[object] = []
     with StateStore.open(path) as store:
         readers = [
@@ -158,7 +177,7 @@ def test_what_comes_early_can_be_read_early(
         if next(count) > 2:
             assert may_end.wait(60)
 
-    monkeypatch.setattr(remote, "BLOCK_BYTES", STATE_BYTES // 6)
+    monkeypatch.setattr(flight, "BLOCK_BYTES", STATE_BYTES // 6)
     monkeypatch.setattr(FarFileSystem, "before", staticmethod(hold))
     with StateStore.open(path) as store, store.reading([a_record(1).key]) as reader:
         assert bytes(reader.value(a_record(1).key, 0, 0)) == values(1)[0][2]
@@ -209,8 +228,8 @@ def test_what_does_not_come_is_out_of_reach_for_now(
             monkeypatch.setattr(LocalFileSystem, "cat_file", lambda *a, **k: cat(*a, **k)[:-1])
         else:
             monkeypatch.setattr(FarFileSystem, "before", staticmethod(fails))
-        assert store._near is not None  # type: ignore[attr-defined]
-        store._near.wait_s = 0.05 if how == "silence" else 60.0  # type: ignore[attr-defined]
+        assert store.near is not None  # type: ignore[attr-defined]
+        store.near.flights.wait_s = 0.05 if how == "silence" else 60.0  # type: ignore[attr-defined]
         with pytest.raises(UnreachableStateError):
             stored(store, a_record(1).key)
         end.set()
@@ -302,87 +321,95 @@ def test_an_engine_answers_from_afar_and_without_it(
         monkeypatch.setattr(FarFileSystem, "before", staticmethod(down))
         without = engine.generate(PROMPT)
         assert without.provenance.missed_tokens == sum(len(t.strip()) for t in PASSAGES)
-        assert all("is left" in warning for warning in without.provenance.warnings)
-        assert len(without.provenance.warnings) == len(PASSAGES)
+        first, *others = without.provenance.warnings
+        assert "it cannot be fetched: OSError('the network is down'); it is left" in first
+        assert all("has not answered just now" in other for other in others)
         monkeypatch.setattr(FarFileSystem, "before", staticmethod(lambda _: None))
+        answers(store)
         engine.announce(PASSAGES)
         found = engine.generate(PROMPT)
         assert found.provenance.restored_tokens == expected.provenance.restored_tokens
         assert found.text == expected.text
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_a_slower_link_makes_the_planner_compute_more(
-    plain: HCacheEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It sees how fast states came; planned by that, less is read than by what the profile says.
-
-    The link is slow by sleeping, and a busy machine makes it only slower. How long computing took
-    here is left out of the plans that are compared.
-    """
-    path = export(tmp_path, lambda store: on(store, plain).precompute(PASSAGES))
-    spec, bytes_per_s, link = plain.adapter.spec, 4e6, threading.Lock()
-    machine = HardwareProfile(
-        "a test's", "none", ReadRate(1e9), ReadRate(1e9), Rates(1e11, 1e11, 1e11, 1e12)
-    )
-
-    def slow(num_bytes: int) -> None:
-        with link:
-            time.sleep(num_bytes / bytes_per_s)
-
-    monkeypatch.setattr(FarFileSystem, "before", staticmethod(slow))
-    with StateStore.open(path) as store:
-        engine = on(store, plain, machine)
-        first = engine.generate(PROMPT).timeline
-        assert first is not None
-        assert first.bytes_read > 1e6
-        now = engine.planner.now
-        (layout,) = {record.layout for record in store.records() if not record.is_preamble}
-    # The newest request is half of the truth: the geometric mean of what was expected and seen.
-    assert now.read_rate.bytes_per_s <= (1e9 * bytes_per_s) ** 0.5
-    spans = [SpanSize(400, layout)] * len(PASSAGES)
-
-    def read_tokens(rate: ReadRate) -> int:
-        plan = plan_restore(spec, spans, machine, Conditions(rate), fresh_tokens=8)
-        return sum((400 - cut.tokens) * (spec.num_layers - cut.layers) for cut in plan.cuts)
-
-    assert read_tokens(now.read_rate) < 0.5 * read_tokens(machine.cold)
+# --- faults of the tier, the link and URLs ------------------------------------------------------
 
 
-# --- S3 -----------------------------------------------------------------------------------------
-
-
-def test_states_come_from_an_s3_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """moto's server, through s3fs, as an address in the environment names it."""
-    pytest.importorskip("s3fs")
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(port=0)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setitem(
-            fsspec.config.conf,
-            "s3",
-            {"endpoint_url": f"http://{host}:{port}", "key": "test", "secret": "test"},
-        )
-        s3, _ = fsspec.core.url_to_fs("s3://states")
-        s3.mkdir("states")
-        local = Manifest.create(tmp_path / "local", 2)
-        with StateStore.open(local.path) as store:
-            put(store, *range(20))
-        (tmp_path / "here").mkdir()
-        (tmp_path / "here" / "shards.json").write_text('{"format": 1, "id": "x", "shards": []}')
-        manifest = Manifest.open(tmp_path / "here")
-        for shard in local.shards:
-            shard.publish()
-            export_shard(shard, f"s3://states/{shard.name}")
-            manifest = manifest.with_shard(f"s3://states/{shard.name}")
-        with StateStore.open(manifest.path) as store:
-            assert held(store) == keys(range(20))
-            for number in range(20):
+@pytest.mark.parametrize("how", ["no folder", "damaged", "no states"])
+def test_a_tier_that_cannot_be_used_takes_nothing_down(how: str, tmp_path: Path) -> None:
+    path = export(tmp_path, lambda store: put(store, *range(5)))
+    near = path.parent / "near"
+    if how == "no folder":
+        near.write_text("in its place")
+    elif how == "damaged":
+        (near / "states").mkdir(parents=True)
+        (near / "states" / "data.mdb").write_bytes(b"?" * 9000)
+    else:
+        near.mkdir()
+        (near / "states").write_text("in its place")
+    for _ in range(2):
+        with StateStore.open(path) as store:
+            for number in range(5):
                 assert stored(store, a_record(number).key) == values(number)
-    finally:
-        server.stop()
-    with StateStore.open(tmp_path / "local") as store:
+
+
+def test_a_manifest_that_is_edited_counts_when_it_is_opened_again(tmp_path: Path) -> None:
+    path = export(tmp_path, lambda store: put(store, *range(20)))
+    with StateStore.open(path) as store:
+        whole = path.read_text()
+        path.write_text(whole[: len(whole) // 2])
         assert held(store) == keys(range(20))
-    assert os.path.isdir(tmp_path / "here" / "near")
+        assert stored(store, a_record(1).key) == values(1)
+    with pytest.raises(StoreError, match="is not a manifest of shards"):
+        StateStore.open(path)
+    path.write_text(whole)
+    with StateStore.open(path) as store:
+        assert held(store) == keys(range(20))
+
+
+def test_two_stores_share_a_tier(tmp_path: Path, blocks: list[tuple[int, int]]) -> None:
+    path = export(tmp_path, lambda store: put(store, *range(10)))
+    with StateStore.open(path) as one, StateStore.open(path) as other:
+        for number in range(10):
+            assert stored(one, a_record(number).key) == values(number)
+        landed(one)
+        for number in range(10):
+            assert stored(other, a_record(number).key) == values(number)
+    assert sum(end - begin for begin, end in blocks) == 10 * STATE_BYTES
+
+
+def test_a_link_is_timed_while_it_is_busy_and_left_alone_after_failures() -> None:
+    clock = [0.0]
+    link = Link(lambda: clock[0])
+    assert link.rate is None
+    link.begin()
+    link.begin()
+    clock[0] = 1.0
+    link.end(300)
+    link.end(100)
+    clock[0] = 50.0  # nothing was asked for
+    assert link.rate == ReadRate(400.0)
+    for pause in (1.0, 2.0, 4.0):
+        link.failed()
+        link.failed()  # another one that was on its way counts once
+        clock[0] += pause - 0.1
+        assert link.is_down
+        clock[0] += 0.2
+        assert not link.is_down
+    link.begin()
+    link.end(1)
+    link.failed()
+    clock[0] += 1.1
+    assert not link.is_down
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("http://me:secret@host/a", "http://***@host/a"),
+        ("OSError('https://host/a?sig=secret&x=1')", "OSError('https://host/a?***')"),
+        ("s3://bucket/what", "s3://bucket/what"),
+    ],
+)
+def test_a_url_is_told_without_its_secrets(text: str, told: str) -> None:
+    assert without_secrets(text) == told

@@ -19,6 +19,7 @@ from typing import Any
 
 from hcache_rag.errors import StoreError, StoreOpenError
 from hcache_rag.state import read_json
+from hcache_rag.store.urls import without_secrets
 
 MANIFEST_FILE = "shards.json"
 FORMAT = 1
@@ -60,7 +61,7 @@ class Shard:
     """
 
     name: str
-    place: str
+    place: str = field(repr=False)  # a URL may hold a password
 
     @property
     def is_remote(self) -> bool:
@@ -71,7 +72,7 @@ class Shard:
     def folder(self) -> Path:
         """Where a local shard is."""
         if self.is_remote:
-            raise StoreError(f"shard {self.name} is at {self.place}, not in a folder")
+            raise StoreError(f"shard {self.name} is at a URL, not in a folder")
         return Path(self.place)
 
     @property
@@ -252,7 +253,7 @@ def manifest_at(path: str | os.PathLike[str]) -> Path | None:
 
 def write_whole(path: Path, text: str, *, only_if_new: bool = False) -> None:
     """Write a small file so that nobody ever sees a part of it, and a power cut leaves it whole."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with unfinished.open("w") as file:
         file.write(text)
         file.flush()
@@ -284,10 +285,12 @@ def _text(
 
 
 def _shard(beside: Path, place: str) -> Shard:
-    name = place.rstrip("/").rpartition("/")[2]
+    is_remote = "://" in place
+    path = place.partition("?")[0] if is_remote else place
+    name = path.rstrip("/").rpartition("/")[2].rpartition("@")[2]
     if not name:
-        raise ValueError(f"{place!r} names no shard")
-    return Shard(name, place if "://" in place else str(beside / place))
+        raise ValueError(f"{without_secrets(place)!r} names no shard")
+    return Shard(name, place if is_remote else str(beside / place))
 
 
 def _unit(line: bytes) -> Unit | None:

@@ -12,24 +12,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from heapq import merge
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hcache_rag.errors import MissingStateError, StoreError, StoreOpenError
+from hcache_rag.errors import StoreError
+from hcache_rag.profile import ReadRate
 from hcache_rag.state import StateKey, StateRecord
+from hcache_rag.store import joined
 from hcache_rag.store.backend import Durability
 from hcache_rag.store.cipher import KeySource
 from hcache_rag.store.description import belonging
-from hcache_rag.store.manifest import Manifest, Shard
+from hcache_rag.store.joined import JoinedReader, each_once
+from hcache_rag.store.manifest import Manifest
 from hcache_rag.store.models import StoredModel
+from hcache_rag.store.near import Near
 from hcache_rag.store.placement import Placement
-from hcache_rag.store.remote import Near, RemoteStore
 from hcache_rag.store.rows import NewState
+from hcache_rag.store.shards import Opened, open_shards
 from hcache_rag.store.states import DEFAULT_NAMESPACE, StateStore, StoreReader, open_again
 from hcache_rag.store.tables import Counters, Entry, Totals
-from hcache_rag.store.verify import Damage, VerifyReport
+from hcache_rag.store.verify import VerifyReport
 from hcache_rag.texts import ANCHOR_CHARS, Anchors, Hashes, JoinedView, TextView, anchor_hashes
 
 logger = logging.getLogger("hcache_rag")
@@ -37,27 +41,12 @@ logger = logging.getLogger("hcache_rag")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class _Opened:
-    """A shard that is open; it may be written unless its store is read-only.
-
-    `is_final`: it never changes any more.
-    """
-
-    shard: Shard
-    store: StateStore
-    is_final: bool
-
-    @property
-    def name(self) -> str:
-        return self.shard.name
-
-
 class ShardedStore(StateStore):
     """The shards of a manifest, seen through one namespace. Use `StateStore.open`. Thread-safe.
 
     Attributes:
         down: shards that could not be opened, by name, and why.
+        near: what of remote shards is on this disk; None where there are none.
     """
 
     def __init__(
@@ -66,7 +55,7 @@ class ShardedStore(StateStore):
         namespace: str,
         *,
         read_only: bool,
-        opened: Sequence[_Opened],
+        opened: Sequence[Opened],
         down: Mapping[str, str],
         near: Near | None = None,
     ) -> None:
@@ -75,10 +64,10 @@ class ShardedStore(StateStore):
         self.namespace = namespace
         self.read_only = read_only
         self.down = dict(down)
-        self._opened = sorted(opened, key=lambda shard: shard.store.read_only)
+        self._opened = sorted(opened, key=lambda s: (s.store.read_only, s.shard.is_remote))
         self._writable = {s.name: s.store for s in self._opened if not s.store.read_only}
         self._placement = Placement(sorted(self._writable))
-        self._near = near
+        self.near = near
         self._anchors: dict[str, Anchors] = {}
         self._is_open = True
 
@@ -99,37 +88,14 @@ class ShardedStore(StateStore):
             StoreOpenError: no manifest, or not one of its shards can be opened.
         """
         manifest = Manifest.open(path)
-        opened: list[_Opened] = []
-        down: dict[str, str] = {}
-        near = None
-        if any(shard.is_remote for shard in manifest.shards):
-            near = Near(manifest.path.parent / "near", namespace, manifest.near_max_bytes)
-        for shard in manifest.shards:
-            is_fixed = read_only or shard.is_published
-            if is_fixed and _is_not_begun(shard):
-                continue
-            try:
-                if near is not None and shard.is_remote:
-                    if key is not None:
-                        raise StoreOpenError("what is encrypted is not read from afar")
-                    store: StateStore = RemoteStore.open_url(shard.place, near, namespace=namespace)
-                else:
-                    store = StateStore.open(
-                        shard.folder,
-                        namespace=namespace,
-                        key=key,
-                        durability=durability,
-                        write_wait_s=write_wait_s,
-                        read_only=is_fixed,
-                    )
-                opened.append(_Opened(shard, store, shard.is_published))
-            except StoreError as error:
-                down[shard.name] = str(error)
-                logger.warning("shard %s cannot be used: %s", shard.name, error)
-        if down and not opened:
-            if near is not None:
-                near.close()
-            raise StoreOpenError(f"no shard of {path} can be opened: {next(iter(down.values()))}")
+        opened, down, near = open_shards(
+            manifest,
+            namespace=namespace,
+            key=key,
+            durability=durability,
+            write_wait_s=write_wait_s,
+            read_only=read_only,
+        )
         return cls(manifest, namespace, read_only=read_only, opened=opened, down=down, near=near)
 
     def beside(self, purpose: str, *, namespace_max_bytes: int | None = None) -> StateStore:
@@ -138,7 +104,7 @@ class ShardedStore(StateStore):
         if namespace_max_bytes is not None and self._writable:
             share = max(1 << 20, namespace_max_bytes // len(self._writable))
         opened = [
-            _Opened(s.shard, s.store.beside(purpose, namespace_max_bytes=share), s.is_final)
+            Opened(s.shard, s.store.beside(purpose, namespace_max_bytes=share), s.is_final)
             for s in self._all
             if not s.shard.is_remote
         ]
@@ -166,7 +132,7 @@ class ShardedStore(StateStore):
     # Which shards.
 
     @property
-    def _all(self) -> list[_Opened]:
+    def _all(self) -> list[Opened]:
         self._require_open()
         return self._opened
 
@@ -236,7 +202,7 @@ class ShardedStore(StateStore):
 
     def records(self) -> Iterator[StateRecord]:
         walks = [shard.store.records() for shard in self._all]
-        return _each_once(merge(*walks, key=lambda r: r.key), lambda record: record.key)
+        return each_once(merge(*walks, key=lambda r: r.key), lambda record: record.key)
 
     def find(self, text: str) -> list[StateRecord]:
         found: dict[StateKey, StateRecord] = {}
@@ -260,13 +226,17 @@ class ShardedStore(StateStore):
         """See `StateStore.reading`."""
         with ExitStack() as stack:
             readers = self._asked(lambda store: stack.enter_context(store.reading(keys)))
-            yield _JoinedReader(list(readers))
+            yield JoinedReader(list(readers))
 
     def prefetch(self, texts: Iterable[str]) -> None:
-        if self._near is not None:
+        if self.near is not None:
             known = list(texts)
             for shard in self._all:
                 shard.store.prefetch(known)
+
+    def read_rate(self, key: StateKey) -> ReadRate | None:
+        holder = self._holder(key) if self.near is not None else None
+        return holder.read_rate(key) if holder is not None else None
 
     def delete(self, key: StateKey, *, unless_changed: StateRecord | None = None) -> bool:
         """See `StateStore.delete`.
@@ -336,18 +306,7 @@ class ShardedStore(StateStore):
 
             reports.append(shard.store.verify(advance))
             before += reports[-1].states
-        down = [
-            Damage(b"", "", False, f"shard {name} cannot be used: {why}")
-            for name, why in self.down.items()
-        ]
-        return VerifyReport(
-            sum(report.states for report in reports),
-            sum(report.values for report in reports),
-            sum(report.num_bytes for report in reports),
-            (*(damage for report in reports for damage in report.damaged), *down),
-            sum(report.strays for report in reports),
-            all(report.is_sum_right for report in reports),
-        )
+        return joined.report(reports, self.down)
 
     def repair(self, report: VerifyReport) -> None:
         """See `StateStore.repair`; what is damaged in published shards stays, and is not used."""
@@ -404,24 +363,13 @@ class ShardedStore(StateStore):
 
     def entries(self) -> Iterator[tuple[StateKey, Entry]]:
         walks = [shard.store.entries() for shard in self._all]
-        return _each_once(merge(*walks, key=lambda pair: pair[0]), lambda pair: pair[0])
+        return each_once(merge(*walks, key=lambda pair: pair[0]), lambda pair: pair[0])
 
     def counters(self) -> Counters:
-        total = Counters()
-        for its in self._asked(lambda store: store.counters()):
-            more = {f.name: getattr(its, f.name) for f in fields(its) if f.name != "clock"}
-            total = total.plus(**more).with_clock(its.clock)
-        return total
+        return joined.counters(self._asked(lambda store: store.counters()))
 
     def totals(self) -> dict[StateKey, Totals]:
-        found: dict[StateKey, Totals] = {}
-        for totals in self._asked(lambda store: store.totals()):
-            for root, its in totals.items():
-                sums = found.get(root, Totals())
-                found[root] = Totals(
-                    *(getattr(sums, f.name) + getattr(its, f.name) for f in fields(Totals))
-                )
-        return found
+        return joined.totals(self._asked(lambda store: store.totals()))
 
     def used_bytes(self) -> int:
         return sum(self._asked(lambda store: store.used_bytes()))
@@ -454,47 +402,11 @@ class ShardedStore(StateStore):
             self._is_open = False
             for shard in self._opened:
                 shard.store.close()
-            if self._near is not None:
-                self._near.close()
+            if self.near is not None:
+                self.near.close()
 
     def __reduce__(self) -> tuple[Callable[..., StateStore], tuple[Any, ...]]:
         for shard in self._opened:
             shard.store.__reduce__()  # raises where there is a key
         path = str(self.manifest.path)
         return open_again, (path, self.namespace, "fsync", None, self.read_only)
-
-
-class _JoinedReader(StoreReader):
-    """Reads from the first reader that has a state."""
-
-    def __init__(self, readers: Sequence[StoreReader]) -> None:
-        self._readers = readers
-        self._known: dict[StateKey, StoreReader] = {}
-
-    def record(self, key: StateKey) -> StateRecord | None:
-        found = (reader.record(key) for reader in self._readers)
-        return next((record for record in found if record is not None), None)
-
-    def value(self, key: StateKey, layer: int, chunk: int) -> memoryview:
-        reader = self._known.get(key)
-        if reader is None:
-            holders = (r for r in self._readers if r.record(key) is not None)
-            reader = next(holders, None)
-            if reader is None:
-                raise MissingStateError(key, f"layer {layer}, chunk {chunk} is in no shard")
-            self._known[key] = reader
-        return reader.value(key, layer, chunk)
-
-
-def _each_once(walk: Iterable[T], key: Callable[[T], StateKey]) -> Iterator[T]:
-    """What a sorted walk gives, the first of each key."""
-    last = None
-    for each in walk:
-        if key(each) != last:
-            last = key(each)
-            yield each
-
-
-def _is_not_begun(shard: Shard) -> bool:
-    """Whether nobody has stored anything in it yet."""
-    return not shard.is_remote and not (shard.folder / "data.mdb").exists()

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from itertools import islice
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from hcache_rag.errors import (
     MissingStateError,
@@ -22,6 +22,7 @@ from hcache_rag.errors import (
     StoreFullError,
     StoreOpenError,
 )
+from hcache_rag.profile import ReadRate
 from hcache_rag.state import StateKey, StateRecord
 from hcache_rag.store import owners
 from hcache_rag.store.backend import Backend, Durability, Transaction
@@ -49,6 +50,8 @@ from hcache_rag.store.texts import records_alike
 from hcache_rag.store.uses import Uses
 from hcache_rag.store.verify import VerifyReport, repair, verify
 from hcache_rag.texts import TextView
+
+Its = TypeVar("Its", bound="StateStore")
 
 DEFAULT_NAMESPACE = "default"
 
@@ -348,6 +351,14 @@ class StateStore:
     def prefetch(self, texts: Iterable[str]) -> None:
         """These texts may be asked for soon: those in remote shards begin to come."""
 
+    def read_rate(self, key: StateKey) -> ReadRate | None:
+        """How fast a state comes here; None where it is on this machine, or that is not known.
+
+        Raises:
+            UnreachableStateError: it does not come now.
+        """
+        return None
+
     def delete(self, key: StateKey, *, unless_changed: StateRecord | None = None) -> bool:
         """Delete a state; False where there was none.
 
@@ -631,7 +642,7 @@ class StateStore:
             self.flush_uses()
         self._session.close()
 
-    def __enter__(self) -> StateStore:
+    def __enter__(self: Its) -> Its:
         return self
 
     def __exit__(
@@ -653,6 +664,9 @@ class StoreReader:
     def record(self, key: StateKey) -> StateRecord | None:
         """The record of a state; None where there is none that can be read."""
         return self._rows.record(self._txn, key)
+
+    def expect(self, first: Mapping[StateKey, tuple[int, int]]) -> None:
+        """These states are about to be read, each from a (layer, chunk) on."""
 
     def value(self, key: StateKey, layer: int, chunk: int) -> memoryview:
         """The stored value of one chunk, straight from the map where it is not encrypted.
