@@ -92,6 +92,10 @@ def index(
         ),
     ] = None,
     context_at_index: ContextOption = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(min=1, help="Keep the states in so many files.  [default: one]"),
+    ] = None,
     check_fidelity: Annotated[
         bool,
         typer.Option(
@@ -134,6 +138,7 @@ def index(
             contents,
             persist_dir,
             choice,
+            shards=shards,
             on_progress=on_progress,
             on_measure=(lambda _step: None) if measure else None,
         )

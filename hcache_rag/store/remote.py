@@ -364,6 +364,10 @@ class _RemoteReader(StoreReader):
             flight = self._flights[key] = self._store._fetch(record, self.index, number)
         return flight.value(layer, chunk, self._store._near.wait_s)
 
+    def load(self, key: StateKey, layer: int, chunk: int) -> int:
+        """See `StoreReader.load`: of what lies near; the rest is on its way."""
+        return self._near.load(key, layer, chunk)
+
     def _place(self, key: StateKey, layer: int, chunk: int) -> tuple[int, bytes]:
         """Number and checksum of a value."""
         if key not in self._numbers:

@@ -476,14 +476,22 @@ class _JoinedReader(StoreReader):
         return next((record for record in found if record is not None), None)
 
     def value(self, key: StateKey, layer: int, chunk: int) -> memoryview:
-        reader = self._known.get(key)
+        reader = self._holder(key)
         if reader is None:
-            holders = (r for r in self._readers if r.record(key) is not None)
-            reader = next(holders, None)
-            if reader is None:
-                raise MissingStateError(key, f"layer {layer}, chunk {chunk} is in no shard")
-            self._known[key] = reader
+            raise MissingStateError(key, f"layer {layer}, chunk {chunk} is in no shard")
         return reader.value(key, layer, chunk)
+
+    def load(self, key: StateKey, layer: int, chunk: int) -> int:
+        reader = self._holder(key)
+        return 0 if reader is None else reader.load(key, layer, chunk)
+
+    def _holder(self, key: StateKey) -> StoreReader | None:
+        found = self._known.get(key)
+        if found is None:
+            found = next((r for r in self._readers if r.record(key) is not None), None)
+            if found is not None:
+                self._known[key] = found
+        return found
 
 
 def _each_once(walk: Iterable[T], key: Callable[[T], StateKey]) -> Iterator[T]:
