@@ -157,7 +157,7 @@ def store_and_prompts(folder: Path, count: int) -> list[str]:
     files = read_folder(ROOT / "examples" / "solar_system").files
     if count < TOP_K:
         asked = {item["file"] for item in items}
-        files = sorted(files, key=lambda file: file.path not in asked)[:TOP_K]
+        files = tuple(sorted(files, key=lambda file: file.path not in asked)[:TOP_K])
     with HCacheLLM(max_new_tokens=ANSWER_TOKENS) as llm:
         retriever = HCacheRetriever.from_documents(
             documents_of(FolderContents(files, ())),
@@ -271,7 +271,8 @@ def report(seen: Seen, memory: Mapping[str, float]) -> list[dict[str, Any]]:
 def measure(every: Sequence[tuple[int, Connection]], prompts: Sequence[str], rounds: int) -> Seen:
     """Let 1, 2 and 4 processes answer, in both ways, in turn."""
     kinds = [(how, together) for how in HOW for together in PROCESSES]
-    seen = Seen(*({kind: [] for kind in kinds} for _ in range(3)), {})
+    rates, cpu_s, first_token_s = ({kind: list[float]() for kind in kinds} for _ in range(3))
+    seen = Seen(rates, cpu_s, first_token_s, {})
     for _ in range(rounds):
         for how, together in kinds:
             done = answered(every[:together], how, prompts)

@@ -51,4 +51,4 @@ class Questions:
 
 
 FOLDER = Path("storage").absolute()
-app = Questions.bind(FOLDER, Answers.bind(FOLDER))
+app = Questions.bind(FOLDER, Answers.bind(FOLDER))  # type: ignore[attr-defined]

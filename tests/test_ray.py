@@ -153,7 +153,8 @@ def storage(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = tmp_path / "model"
     attentive_model(SHAPES[1]).save_pretrained(model)
     chat_tokenizer().save_pretrained(model)
-    GenerationConfig(**PRINTABLE).save_pretrained(model)
+    config: Any = GenerationConfig
+    config(**PRINTABLE).save_pretrained(model)
     (tmp_path / "docs").mkdir()
     for number, text in enumerate(TEXTS):
         (tmp_path / "docs" / f"{number:02}.txt").write_text(text)
