@@ -20,7 +20,7 @@ from hcache_rag.executor import Execution, open_restoring, span_sizes
 from hcache_rag.generation import GenerationOptions, decode
 from hcache_rag.lanes import Cancelled
 from hcache_rag.models import ModelAdapter
-from hcache_rag.plan import RestorePlan
+from hcache_rag.plan import RestorePlan, SpanSize
 from hcache_rag.planner import Planner
 from hcache_rag.provenance import Generation
 from hcache_rag.repair import begin_repair
@@ -131,10 +131,15 @@ class Answering:
 
     def plan(
         self, bound: Bound, composition: Composition, unseen: Sequence[Rows] = ()
-    ) -> tuple[RestorePlan, Schedule]:
-        """What to read and what to compute of a composition, and in which order."""
+    ) -> tuple[list[SpanSize], RestorePlan, Schedule]:
+        """What to read and what to compute of a composition's spans, and in which order.
+
+        Raises:
+            UnreachableStateError: a state does not come now.
+        """
         sizes = span_sizes(composition, bound.prefixes, bound.store.read_rate)
-        return self.planner.plan(sizes, len(composition.fresh_positions), unseen)
+        plan, work = self.planner.plan(sizes, len(composition.fresh_positions), unseen)
+        return sizes, plan, work
 
     def _answer(self, composition: Composition, request: Request) -> Generation:
         bound, pieces, adapter = request.bound, request.resolved.pieces, request.bound.adapter
@@ -144,7 +149,7 @@ class Answering:
         will_remember = request.remember and bound.paths.is_on
         # What is read again looks at everything, and what is remembered is kept as a whole.
         unseen = () if share or will_remember else _unseen(adapter, composition)
-        plan, work = self.plan(bound, composition, unseen)
+        sizes, plan, work = self.plan(bound, composition, unseen)
         repaired = 0
         with self.restoring(
             bound, composition, pieces, work, room_tokens, request.cancelled.is_set
@@ -170,8 +175,7 @@ class Answering:
         timeline = execution.timeline
         if reason != "cancelled":
             on_host = adapter.device.type == "cpu"
-            rates = (bound.store.read_rate(span.record.key) for span in composition.spans)
-            is_here = all(rate is None for rate in rates)
+            is_here = all(size.read_rate is None for size in sizes)
             self.planner.observe(timeline, plan, sees_computing=on_host, sees_reading=is_here)
         provenance = provenance_of(
             composition,

@@ -24,7 +24,7 @@ from hcache_rag.choice import (
 )
 from hcache_rag.compose import Composition
 from hcache_rag.device import DEVICES
-from hcache_rag.errors import UnsupportedModelError
+from hcache_rag.errors import UnreachableStateError, UnsupportedModelError
 from hcache_rag.forks import ForkedLock
 from hcache_rag.generation import GenerationOptions
 from hcache_rag.indexing import Indexer, PrecomputeReport
@@ -335,10 +335,17 @@ class HCacheEngine:
     def plan(self, prompt: str, *, add_bos: bool | None = None) -> Provenance:
         """What would be restored and read for a prompt, without doing it."""
         bound = self._current()
-        pieces = bound.resolve(prompt, add_bos).pieces
-        composition = bound.compose(pieces)
-        plan, _ = self.answering.plan(bound, composition)
-        return provenance_of(composition, pieces, {}, None, [], fidelity=bound.fidelity, plan=plan)
+        pieces, warnings = bound.resolve(prompt, add_bos).pieces, list[str]()
+        while True:
+            composition = bound.compose(pieces)
+            try:
+                _, plan, _ = self.answering.plan(bound, composition)
+            except UnreachableStateError as error:
+                pieces = bound.without(pieces, error, warnings)
+            else:
+                return provenance_of(
+                    composition, pieces, {}, None, warnings, fidelity=bound.fidelity, plan=plan
+                )
 
     @lent_threads()
     def generate(
@@ -427,7 +434,7 @@ class HCacheEngine:
         bound = self._current()
         pieces = bound.resolve(prompt).pieces
         composition = bound.compose(pieces)
-        _, work = self.answering.plan(bound, composition)
+        _, _, work = self.answering.plan(bound, composition)
         with (
             self._missed.paused(),
             self.answering.restoring(bound, composition, pieces, work, room_tokens) as (

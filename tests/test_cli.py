@@ -24,6 +24,7 @@ from tiny import Shape, byte_tokenizer, tiny_model
 
 from hcache_rag import StateStore, __version__
 from hcache_rag.llama_index.persisted import load_index
+from hcache_rag.store.manifest import Manifest
 
 COMMANDS = {
     "index": [
@@ -35,6 +36,7 @@ COMMANDS = {
         "--representation",
         "--storage-dtype",
         "--context-at-index",
+        "--shards",
         "--check-fidelity",
         "--no-measure",
         "--json",
@@ -171,6 +173,20 @@ def test_an_index_is_made_once(run: Run, model: str, folder: Path, tmp_path: Pat
     third = run("index", folder, "--store", store, "--model", model)
     assert "1 document(s) read, 3 were there already, 0 file(s) skipped" in third.out
     assert "going on: 3 of 4 documents have their states already" in third.err
+
+
+def test_an_index_keeps_its_states_in_shards(
+    run: Run, model: str, folder: Path, tmp_path: Path
+) -> None:
+    """As many as were asked for first; all commands read them."""
+    store = tmp_path / "store"
+    arguments = ("index", folder, "--store", store, "--model", model, "--no-measure")
+    assert run(*arguments, "--shards", "2").code == 0
+    assert len(Manifest.open(store / "states").shards) == 2
+    assert "0 document(s) read, 3 were there already" in run(*arguments).out
+    assert json.loads(run("stats", "--store", store, "--json").out)["documents"] == 3
+    assert_one_error_line(run(*arguments, "--shards", "3"), "has 2 shards")
+    assert_usage_error(run(*arguments, "--shards", "0"), "--shards")
 
 
 def test_json_is_one_object_and_nothing_else(

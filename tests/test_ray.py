@@ -1,20 +1,31 @@
-"""The job on Ray: the bytes of every other driver, on all processors, one of its actors lost."""
+"""On Ray: the indexing job, one of its actors lost; answers from replicas, one of them killed."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+from urllib.request import urlopen
 
 import pytest
-from fakes import save_tiny_model
+from commands import Run
+from fakes import PRINTABLE, WordEmbedding, chat_tokenizer, save_tiny_model
+from llama_index.core.query_engine import RetrieverQueryEngine
 from test_indexers import shard_bytes
+from tiny import SHAPES, attentive_model
+from transformers import GenerationConfig
 
 from hcache_indexers.job import Job
 from hcache_rag.corpus import Corpus, Document, OnSkip
+from hcache_rag.llama_index import HCacheRetriever
+from hcache_rag.llama_index.model_choice import ModelChoice
 from hcache_rag.store.manifest import Manifest
 
 ray = pytest.importorskip("ray")
@@ -54,13 +65,15 @@ def _kill_once(mark: Path) -> None:
 @pytest.fixture(scope="module")
 def two_processors() -> Iterator[None]:
     """Ray with two processors, as many as there are actors."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 << 20,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=100 << 20,
+        )
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield
     ray.shutdown()
@@ -113,3 +126,104 @@ def test_no_actors_are_an_error(job: Job) -> None:
 
     with pytest.raises(ValueError, match="0 actors"):
         index_on_ray(job, actors=0)
+
+
+# --- answers ------------------------------------------------------------------------------------
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "serve.py"
+PATIENCE_S = 60.0
+
+
+class Noted:
+    """A synthesizer that writes down which process is asked what."""
+
+    def __init__(self, inner: Any, notes: Path) -> None:
+        self._inner = inner
+        self._notes = notes
+
+    async def asynthesize(self, question: str, nodes: Any) -> Any:
+        with self._notes.open("a") as file:
+            file.write(f"{os.getpid()} {question}\n")
+        return await self._inner.asynthesize(question, nodes)
+
+
+@pytest.fixture
+def storage(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An index of all texts, in shards, made by the command of the example."""
+    model = tmp_path / "model"
+    attentive_model(SHAPES[1]).save_pretrained(model)
+    chat_tokenizer().save_pretrained(model)
+    config: Any = GenerationConfig
+    config(**PRINTABLE).save_pretrained(model)
+    (tmp_path / "docs").mkdir()
+    for number, text in enumerate(TEXTS):
+        (tmp_path / "docs" / f"{number:02}.txt").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--store", "storage", "--model", model, "--shards", str(SHARDS), "--no-measure")
+    done = run("index", "docs", *arguments)
+    assert done.code == 0
+    return tmp_path / "storage"
+
+
+@pytest.fixture
+def example(storage: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The example, with an embedding that needs no model, and notes."""
+    spec = importlib.util.spec_from_file_location("example_of_serving", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    ray.cloudpickle.register_pickle_by_value(module)
+    made, notes = module.get_response_synthesizer, storage / "notes.txt"
+    monkeypatch.setattr(
+        module, "get_response_synthesizer", lambda **options: Noted(made(**options), notes)
+    )
+    monkeypatch.setattr(module, "default_embedding", lambda: WordEmbedding("all-MiniLM-L6-v2"))
+    return module
+
+
+@pytest.fixture
+def url(example: Any, two_processors: None) -> Iterator[str]:
+    """Where the example answers."""
+    serve = pytest.importorskip("ray.serve", reason="no extra serve")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(example.app)
+    yield f"http://127.0.0.1:{port}/?question="
+    serve.shutdown()
+
+
+def test_replicas_answer_as_one_process_and_each_has_its_documents(url: str, storage: Path) -> None:
+    """Reference path: a query engine in this process. One of two replicas is killed in between."""
+
+    def ask(question: str) -> str:
+        text: str = urlopen(url + quote(question), timeout=PATIENCE_S).read().decode()
+        return text
+
+    questions = [f"Which document is number {number}?" for number in range(len(TEXTS))]
+    with ModelChoice.of(storage).load(storage, max_new_tokens=40) as llm:
+        embedding = WordEmbedding("all-MiniLM-L6-v2")
+        retriever = HCacheRetriever.from_persist_dir(storage, llm=llm, embed_model=embedding)
+        engine = RetrieverQueryEngine.from_args(retriever, llm=llm)
+        expected = [str(engine.query(question)) for question in questions]
+        best = [retriever.retrieve(question)[0].node_id for question in questions]
+    assert len(set(expected)) > len(TEXTS) // 2
+
+    assert [ask(question) for question in questions] == expected
+    assert [ask(question) for question in questions] == expected
+    asked_of: dict[str, set[int]] = {}
+    for line in (storage / "notes.txt").read_text().splitlines():
+        pid, _, question = line.partition(" ")
+        asked_of.setdefault(best[questions.index(question)], set()).add(int(pid))
+    assert {len(pids) for pids in asked_of.values()} == {1}
+    replicas = set().union(*asked_of.values())
+    assert len(replicas) == 2
+
+    lost = replicas.pop()
+    os.kill(lost, signal.SIGKILL)
+    for question, document, text in zip(questions, best, expected, strict=True):
+        if asked_of[document] == {lost}:  # which the other one is asked for the first time now
+            assert ask(question) == text

@@ -178,6 +178,17 @@ def test_shards_come_and_go_without_a_state_being_moved(manifest: Manifest) -> N
         check_all(store, range(40))
 
 
+def test_what_is_read_ahead_is_found_in_its_shard(manifest: Manifest) -> None:
+    """All bytes of every value, and none of what is in no shard."""
+    fill(manifest, *range(20))
+    with StateStore.open(manifest.path) as store, store.reading() as reader:
+        for number in range(20):
+            key = a_record(number).key
+            for layer, chunk, value in values(number):
+                assert reader.load(key, layer, chunk) == len(value)
+        assert reader.load(a_record(20).key, 0, 0) == 0
+
+
 @pytest.mark.parametrize("how", ["cut", "zeros", "no store", "missing", "unreadable"])
 def test_one_bad_shard_takes_no_other_down(how: str, manifest: Manifest) -> None:
     """Its documents are missed, all others are found, and it is told which shard it was."""

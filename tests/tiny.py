@@ -81,6 +81,16 @@ def tiny_model(
     return result
 
 
+def attentive_model(shape: Shape) -> PreTrainedModel:
+    """A tiny model with weights so large that its answers depend on all that it reads."""
+    model = tiny_model(shape)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(3)
+    return model
+
+
 def byte_tokenizer(*, adds_bos: bool = False) -> PreTrainedTokenizerBase:
     """A byte-level tokenizer: ids 0-255 are bytes, 256-258 are <bos>, <eos> and <|im_end|>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

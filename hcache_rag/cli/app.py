@@ -97,6 +97,10 @@ def index(
         ),
     ] = None,
     context_at_index: ContextOption = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(min=1, help="Keep the states in so many files.  [default: one]"),
+    ] = None,
     check_fidelity: Annotated[
         bool,
         typer.Option(
@@ -142,6 +146,7 @@ def index(
             persist_dir,
             choice,
             device=device,
+            shards=shards,
             on_progress=on_progress,
             on_measure=(lambda _step: None) if measure else None,
         )

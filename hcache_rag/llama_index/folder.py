@@ -23,7 +23,7 @@ from llama_index_instrumentation.base import BaseEvent
 from llama_index_instrumentation.event_handlers import BaseEventHandler
 
 from hcache_rag.bundled import cache_folder
-from hcache_rag.errors import SourceError, StoreError
+from hcache_rag.errors import SourceError, StoreError, StoreOpenError
 from hcache_rag.indexing import PrecomputeReport
 from hcache_rag.llama_index.events import StateRestoreEvent
 from hcache_rag.llama_index.llm import HCacheLLM
@@ -37,7 +37,7 @@ from hcache_rag.profile import PROFILE_NAME, HardwareProfile
 from hcache_rag.sources import FolderContents
 from hcache_rag.state import StateKey
 from hcache_rag.store import Salvaged, StateStore
-from hcache_rag.store.manifest import manifest_at
+from hcache_rag.store.manifest import Manifest, manifest_at
 
 logger = logging.getLogger("hcache_rag")
 
@@ -62,6 +62,7 @@ def index_folder(
     choice: ModelChoice,
     *,
     device: str = "auto",
+    shards: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     on_measure: Callable[[str], None] | None = None,
 ) -> tuple[PrecomputeReport, HCacheLLM]:
@@ -69,14 +70,20 @@ def index_folder(
 
     Args:
         device: where the model computes, see `HCacheLLM`.
+        shards: that new states are kept in, instead of one file.
         on_measure: told what is being timed while the machine is measured, which is done, shortly,
             where the states have no profile of it; None leaves it unmeasured.
+
+    Raises:
+        StoreOpenError: the states are kept in another number of files already.
     """
     if choice.dtype == "auto" and has_index(persist_dir):
         choice = replace(choice, dtype=ModelChoice.of(persist_dir).dtype)
     llm = choice.load(None, device=device)
     with ExitStack() as on_failure:
         on_failure.callback(llm.close)
+        if shards is not None:
+            _make_shards(persist_dir / STATES, shards)
         if on_measure is not None:
             _ensure_profile(llm.adapter, persist_dir / STATES, on_measure)
         retriever = HCacheRetriever.from_documents(
@@ -84,6 +91,13 @@ def index_folder(
         )
         on_failure.pop_all()
     return retriever.report or PrecomputeReport(), llm
+
+
+def _make_shards(states: Path, count: int) -> None:
+    try:
+        Manifest.create(states, count)
+    except ValueError as error:
+        raise StoreOpenError(str(error)) from error
 
 
 def _ensure_profile(adapter: ModelAdapter, states: Path, on_step: Callable[[str], None]) -> None:
