@@ -92,8 +92,8 @@ def index(
     storage_dtype: Annotated[
         str | None,
         typer.Option(
-            help="float32, bfloat16, float16, int8; for hidden states also int8-g64 and "
-            "int8-smooth. (default: int8, int8-smooth)"
+            help="float32, bfloat16, float16, float8_e4m3, int8; for hidden states also int8-g64 "
+            "and int8-smooth. (default: int8, int8-smooth)"
         ),
     ] = None,
     context_at_index: ContextOption = None,
