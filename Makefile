@@ -24,7 +24,7 @@ venv: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0])'
-	@echo "== Making $(VENV) and installing into it (about 3.3 GB; some minutes, once)"
+	@echo "== Making $(VENV) and installing into it (about 3.5 GB; some minutes, once)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "   1/3 torch" && $(PIP) torch==2.13.0
 	@echo "   2/3 hcache-rag and everything it needs" && $(PIP) --editable ".[demo,dev]"

@@ -13,7 +13,7 @@ from llama_index.core.vector_stores import SimpleVectorStore
 from tiny import SHAPES, byte_tokenizer, tiny_model
 
 from hcache_rag import GenerationOptions, HCacheEngine, StateStore
-from hcache_rag.errors import HCacheError, ModelNotFoundError, UnsupportedModelError
+from hcache_rag.errors import HCacheError, ModelNotFoundError
 from hcache_rag.llama_index import (
     HCacheLLM,
     HCachePrecompute,
@@ -64,14 +64,6 @@ def test_an_llm_refuses_at_once(wrong: dict[str, Any], expected: str) -> None:
 def test_a_model_that_is_nowhere_is_not_looked_for_on_a_hub() -> None:
     with pytest.raises(ModelNotFoundError, match="none is downloaded, give a model's folder"):
         load_model("HuggingFaceTB/SmolLM2-135M-Instruct")
-    with pytest.raises(ValueError, match="device is 'cpu' or 'cuda', not 'gpu'"):
-        load_model("anywhere", device="gpu")
-
-
-def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(UnsupportedModelError, match="torch sees no CUDA device here"):
-        load_model("anywhere", device="cuda")
 
 
 MAR = Document(text="Mars is red.", id_="mars")
