@@ -2,9 +2,9 @@
 
     python benchmarks/bench_remote.py [--quick] [--json] [--delay SECONDS]
 
-SmolLM2-135M-Instruct on the CPU, passages of some 512 tokens, their states on an S3 server (moto's,
-in a process of its own) behind a TCP relay of each rate. Interleaved for each rate, seconds to the
-first token of a prompt that no state is near for:
+SmolLM2-135M-Instruct on the CPU, three passages of some 512 tokens (--quick: two, at two rates,
+once), their states on an S3 server (moto's, in a process of its own) behind a TCP relay of each
+rate. Interleaved for each rate, seconds to the first token of a prompt that no state is near for:
 
 full      no states: the whole prompt is read
 fetched   all states are fetched, whatever that takes (no profile, so nothing is planned)
@@ -49,7 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     quiet_transformers()
     torch.set_num_threads(1)
-    repeats, rates = (3, RATES[::2]) if options.quick else (7, RATES)
+    repeats, rates, count = (1, RATES[1::2], 2) if options.quick else (5, RATES, 3)
     wires = [sys.executable, str(ROOT / "benchmarks" / "wire.py"), *map(str, rates)]
     wires += ["--delay", str(options.delay)]
     with (
@@ -59,7 +59,7 @@ def main() -> None:
         assert far.stdin is not None
         assert far.stdout is not None
         ports = json.loads(far.stdout.readline())
-        bench = _Bench(Path(name), ports[-1], repeats)
+        bench = _Bench(Path(name), ports[-1], repeats, count)
         rows = [bench.at(rate, port) for rate, port in zip((*rates, None), ports, strict=True)]
         far.stdin.close()
     finish(rows, _targets(rows), machine(), options.json)
@@ -76,12 +76,12 @@ def _targets(rows: list[dict[str, Any]]) -> list[Target]:
 
 
 class _Bench:
-    """A model, states on a server, and a prompt."""
+    """A model, states on a server, and a prompt of `count` passages."""
 
-    def __init__(self, folder: Path, server_port: int, repeats: int) -> None:
+    def __init__(self, folder: Path, server_port: int, repeats: int, count: int) -> None:
         self.folder, self.repeats = folder, repeats
         self.model, self.tokenizer = load_model(str(default_model_path()))
-        self.texts = passages(3)
+        self.texts = passages(count)
         self.prompt = "Read this.\n\n" + "\n\n".join(self.texts) + "\n\nWhat is it about?"
         local = Manifest.create(folder / "local", 1)
         with StateStore.open(local.path) as store:
