@@ -7,15 +7,14 @@ into a state and writes it. The next turn of a conversation waits for that where
 from __future__ import annotations
 
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
 import torch
 
+from hcache_rag.background import Background
 from hcache_rag.cache import RestoringCache
 from hcache_rag.forks import ForkedLock
 from hcache_rag.models import ModelAdapter
@@ -58,22 +57,15 @@ class Keeper:
         self._tokenizer = tokenizer
         self._root = root
         self._recurring = recurring
-        self._is_closed = False
         self._counts: OrderedDict[StateKey, int] = OrderedDict()
         self._lock = ForkedLock()
-        self._start()
-
-    def _start(self) -> None:
-        self._pid = os.getpid()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="hcache-paths")
-        self._waiting: dict[Future[Any], str] = {}
+        self._background = Background(
+            "hcache-paths", most=MAX_WAITING, failure="a path is not kept"
+        )
 
     def walk(self, prompt: str, *, add_bos: bool) -> list[Step]:
         """See `Paths.walk`; what is being written of this prompt's beginning is waited for."""
-        with self._lock:
-            self._forget_in_a_fork()
-            its = [f for f, text in self._waiting.items() if prompt.startswith(text)]
-        wait(its, WAIT_S)
+        self._background.wait_for(prompt.startswith, WAIT_S)
         return self._paths.walk(prompt, add_bos=add_bos)
 
     def keep(self, snapshot: Snapshot, prompt: str, path: Sequence[StateRecord] = ()) -> bool:
@@ -155,46 +147,22 @@ class Keeper:
         self._paths.keep(Snapshot(self._root, token_ids, text, 0, keys, values, False))
 
     def _later(self, work: Callable[[], object], prompt: str) -> bool:
+        """Do it in the background; a prompt that goes on from this one waits for it."""
+
         def run() -> None:
-            try:
-                with lent_threads():
-                    work()
-            except Exception:  # no request is there to be told
-                logger.exception("a path is not kept")
+            with lent_threads():
+                work()
 
-        with self._lock:
-            self._forget_in_a_fork()
-            if self._is_closed:
-                return False
-            if len(self._waiting) >= MAX_WAITING:
-                logger.info("a path is not kept: %d are waiting to be written", MAX_WAITING)
-                return False
-            future = self._pool.submit(run)
-            self._waiting[future] = prompt
-        future.add_done_callback(self._done)
-        return True
-
-    def _done(self, future: Future[Any]) -> None:
-        with self._lock:
-            self._waiting.pop(future, None)
-
-    def _forget_in_a_fork(self) -> None:
-        """The thread is not there."""
-        if self._pid != os.getpid():
-            self._start()
+        is_taken = self._background.submit(run, prompt)
+        if not is_taken:
+            logger.info("a path is not kept: closed, or %d are waiting", MAX_WAITING)
+        return is_taken
 
     def flush(self) -> None:
         """Wait until everything is written."""
-        with self._lock:
-            self._forget_in_a_fork()
-            waiting = list(self._waiting)
-        wait(waiting)
+        self._background.flush()
 
     def close(self) -> None:
         """Write what is waiting, and end."""
-        with self._lock:
-            self._forget_in_a_fork()
-            self._is_closed = True
-        self.flush()
-        self._pool.shutdown()
+        self._background.close()
         self._paths.close()

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import fsspec
 import torch
+from far import PASSAGES, PROMPT, engine_on
 from moto.server import ThreadedMotoServer
-from test_remote_s3 import MACHINE, PASSAGES, PROMPT, on, server_at
-from tiny import SHAPES, byte_tokenizer, tiny_model
+from test_remote_s3 import MACHINE, server_at
 from wire import Wire
 
-from hcache_rag import HCacheEngine, StateStore
+from hcache_rag import StateStore
 from hcache_rag.store.manifest import Manifest
 from hcache_rag.store.remote import export_shard
 from hcache_rag.store.sharded import ShardedStore
@@ -43,11 +43,9 @@ def main(folder: Path) -> None:
     wire = Wire(server.get_host_and_port()[1], delay_s=0.005)
     fsspec.config.conf["s3"] = server_at(wire.port)
     fsspec.filesystem("s3").mkdir("states")
-    model, nothing = tiny_model(SHAPES[1]), StateStore.in_memory()
-    plain = HCacheEngine(model, byte_tokenizer(), nothing, preamble="Read: ")
     local = Manifest.create(folder / "local", 1)
     with StateStore.open(local.path) as store:
-        engine = on(store, plain)
+        engine = engine_on(store)
         engine.precompute(PASSAGES)
         expected = engine.generate(PROMPT).text
     (shard,) = local.shards
@@ -60,7 +58,7 @@ def main(folder: Path) -> None:
         with StateStore.open(folder) as far:
             assert isinstance(far, ShardedStore)
             assert far.near is not None
-            found = on(far, plain, MACHINE).generate(PROMPT)
+            found = engine_on(far, MACHINE).generate(PROMPT)
             assert found.text == expected
             num_bytes.append(found.provenance.bytes_read)
             far.near.clear()

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from far import PASSAGES, PROMPT, engine_on
 from store_conformance import a_record, check_sums, held, keys, put, stored, texts_in, values
-from tiny import SHAPES, byte_tokenizer, tiny_model
 
 from hcache_rag import (
     DamagedStateError,
-    HCacheEngine,
     StateStore,
     StoreError,
     UnreachableStateError,
 )
-from hcache_rag.profile import HardwareProfile, ReadRate
+from hcache_rag.profile import ReadRate
 from hcache_rag.store import flight
 from hcache_rag.store.flights import Flights
 from hcache_rag.store.link import Link
@@ -279,45 +278,21 @@ def test_only_what_is_final_is_exported(tmp_path: Path) -> None:
 
 # --- an engine ----------------------------------------------------------------------------------
 
-PASSAGES = [
-    f"Passage {n} tells of the number {n}. " + "It goes on a while. " * 20 for n in range(6)
-]
-PROMPT = "Read: " + "\n\n".join(text.strip() for text in PASSAGES) + "\n\nWhich?"
-
-
-@pytest.fixture(scope="module")
-def plain() -> Iterator[HCacheEngine]:
-    with StateStore.in_memory() as nothing:
-        yield HCacheEngine(tiny_model(SHAPES[1]), byte_tokenizer(), nothing, preamble="Read: ")
-
-
-def on(store: StateStore, plain: HCacheEngine, profile: HardwareProfile | None = None) -> Any:
-    return HCacheEngine(
-        plain.adapter.model,
-        plain.tokenizer,
-        store,
-        preamble="Read: ",
-        fidelity="none",
-        profile=profile,
-        representation="kv",
-        storage_dtype="float32",
-    )
-
 
 @pytest.mark.usefixtures("one_thread")
 def test_an_engine_answers_from_afar_and_without_it(
-    plain: HCacheEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Announced nodes come ahead; where the network fails they are read, and not given up."""
-    path = export(tmp_path, lambda store: on(store, plain).precompute(PASSAGES))
+    path = export(tmp_path, lambda store: engine_on(store).precompute(PASSAGES))
     with StateStore.open(tmp_path / "local") as local:
-        expected = on(local, plain).generate(PROMPT)
+        expected = engine_on(local).generate(PROMPT)
 
     def down(_: int) -> None:
         raise OSError("the network is down")
 
     with StateStore.open(path) as store:
-        engine = on(store, plain)
+        engine = engine_on(store)
         monkeypatch.setattr(FarFileSystem, "before", staticmethod(down))
         without = engine.generate(PROMPT)
         assert without.provenance.missed_tokens == sum(len(t.strip()) for t in PASSAGES)

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from far import PASSAGES, PROMPT, engine_on
 from store_conformance import a_record, held, keys, put, stored, values
-from tiny import SHAPES, byte_tokenizer, tiny_model
 from wire import Wire
 
-from hcache_rag import HCacheEngine, StateStore, StoreError, StoreOpenError
+from hcache_rag import StateStore, StoreError, StoreOpenError
 from hcache_rag.profile import HardwareProfile, Rates, ReadRate
 from hcache_rag.store.manifest import Manifest
 from hcache_rag.store.remote import VALUES, export_shard
@@ -32,11 +32,6 @@ pytest.importorskip("s3fs")
 moto = pytest.importorskip("moto.server")
 import fsspec  # noqa: E402
 from s3fs import S3FileSystem  # noqa: E402
-
-PASSAGES = [
-    f"Passage {n} tells of the number {n}. " + "It goes on a while. " * 20 for n in range(6)
-]
-PROMPT = "Read: " + "\n\n".join(text.strip() for text in PASSAGES) + "\n\nWhich?"
 
 
 @dataclass
@@ -258,25 +253,6 @@ def serving(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[int]:
 # --- an engine ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def plain() -> Iterator[HCacheEngine]:
-    with StateStore.in_memory() as nothing:
-        yield HCacheEngine(tiny_model(SHAPES[1]), byte_tokenizer(), nothing, preamble="Read: ")
-
-
-def on(store: StateStore, plain: HCacheEngine, profile: HardwareProfile | None = None) -> Any:
-    return HCacheEngine(
-        plain.adapter.model,
-        plain.tokenizer,
-        store,
-        preamble="Read: ",
-        fidelity="none",
-        profile=profile,
-        representation="kv",
-        storage_dtype="float32",
-    )
-
-
 MACHINE = HardwareProfile(
     "a test's", "none", ReadRate(1e9), ReadRate(1e9), Rates(1e9, 1e9, 1e9, 1e12)
 )
@@ -284,10 +260,10 @@ MACHINE = HardwareProfile(
 
 
 @pytest.fixture
-def expected(far: Far, plain: HCacheEngine, tmp_path: Path) -> str:
+def expected(far: Far, tmp_path: Path) -> str:
     """The answer from local shards, which are exported."""
     with StateStore.open(Manifest.create(tmp_path / "local", 2).path) as local:
-        engine = on(local, plain)
+        engine = engine_on(local)
         engine.precompute(PASSAGES)
         text: str = engine.generate(PROMPT).text
     export(far, tmp_path)
@@ -295,20 +271,18 @@ def expected(far: Far, plain: HCacheEngine, tmp_path: Path) -> str:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_slower_link_makes_the_planner_compute_more(
-    far: Far, plain: HCacheEngine, expected: str
-) -> None:
+def test_a_slower_link_makes_the_planner_compute_more(far: Far, expected: str) -> None:
     """At the first question already; the answers are the same at every rate."""
     shares = []
     for bytes_per_s in (None, 8e6, 2e6, 3e5):
         far.wire.bytes_per_s = bytes_per_s
         with far.open() as store:
-            provenance = on(store, plain, MACHINE).plan(PROMPT)
+            provenance = engine_on(store, MACHINE).plan(PROMPT)
             assert store.near is not None
             (link,) = store.near._links.values()
             assert link.rate is not None
             assert bytes_per_s is None or link.rate.bytes_per_s <= 1.2 * bytes_per_s
-            found = on(store, plain, MACHINE).generate(PROMPT)
+            found = engine_on(store, MACHINE).generate(PROMPT)
             assert found.text == expected
             assert found.provenance.restored_tokens == provenance.restored_tokens
             shares.append(found.provenance.bytes_read)
@@ -346,14 +320,12 @@ def test_it_does_so_in_a_network_namespace(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("how", ["refused", "silent", "gone"])
-def test_an_answer_comes_where_the_states_do_not(
-    how: str, far: Far, plain: HCacheEngine, expected: str
-) -> None:
+def test_an_answer_comes_where_the_states_do_not(how: str, far: Far, expected: str) -> None:
     """Recomputed, counted and told; nobody waits for what did not come before."""
     with far.open() as store:
         assert store.near is not None
         store.near.flights.wait_s = 0.5
-        engine = on(store, plain)
+        engine = engine_on(store)
         before = asked(far)
         if how == "refused":
             far.wire.close()
@@ -371,12 +343,10 @@ def test_an_answer_comes_where_the_states_do_not(
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_what_is_near_answers_while_the_server_is_away(
-    far: Far, plain: HCacheEngine, expected: str
-) -> None:
+def test_what_is_near_answers_while_the_server_is_away(far: Far, expected: str) -> None:
     """Opened by the index that was seen last."""
     with far.open() as store:
-        assert on(store, plain).generate(PROMPT).text == expected
+        assert engine_on(store).generate(PROMPT).text == expected
         assert store.near is not None
         store.near.flights.join(60)
     far.wire.is_cut = True
@@ -384,7 +354,7 @@ def test_what_is_near_answers_while_the_server_is_away(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(near, 0.3)
         with far.open() as store:
-            found = on(store, plain).generate(PROMPT)
+            found = engine_on(store).generate(PROMPT)
     assert found.text == expected
     assert found.provenance.documents_missed == 0
 
